@@ -1,0 +1,161 @@
+"""What a user can ask for, validated once: frozen values, and the parsers of sizes, times and addresses."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import ConfigError
+
+PAGE_BYTES = 4096
+NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:iB|B)?", re.IGNORECASE)
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(us|ms|s|min|m)?")
+_UNIT_BYTES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_UNIT_MS = {None: 1.0, "us": 0.001, "ms": 1.0, "s": 1000.0, "m": 60000.0, "min": 60000.0}
+MAX_CPUS = 64
+MAX_MEMORY_BYTES = 1 << 40
+
+
+def parse_size(text: str) -> int:
+    """``1G``, ``512MiB``, ``1.5g`` or ``4096`` as bytes; units are powers of 1024."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise ConfigError(f"{text!r} is not a size: write it like 512M, 1G or 1.5GiB")
+    return round(float(match[1]) * _UNIT_BYTES[match[2].upper()])
+
+
+def parse_rate(text: str) -> int:
+    """``1GiB/s`` or ``100M`` as bytes per second."""
+    return parse_size(text.strip().removesuffix("/s"))
+
+
+def parse_duration_ms(text: str) -> float:
+    """``300ms``, ``1.5s`` or ``2min`` as milliseconds; a bare number is milliseconds."""
+    match = _DURATION.fullmatch(text.strip())
+    if match is None:
+        raise ConfigError(f"{text!r} is not a duration: write it like 300ms, 1.5s or 2min")
+    return float(match[1]) * _UNIT_MS[match[2]]
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where a stream goes to or comes from: TCP (``host``, ``port``) or a UNIX socket (``path``)."""
+
+    host: str = ""
+    port: int = 0
+    path: str = ""
+
+    @classmethod
+    def parse(cls, text: str) -> Address:
+        """``tcp://HOST:PORT``, ``tcp:HOST:PORT`` (as QEMU writes it), ``unix:///PATH`` or ``unix:PATH``.
+
+        An IPv6 host stands in brackets. Raises :class:`ConfigError`.
+        """
+        scheme, colon, rest = text.partition(":")
+        rest = rest.removeprefix("//")
+        if scheme == "unix" and rest:
+            return cls(path=rest)
+        host, _, port = rest.rpartition(":")
+        if scheme != "tcp" or not colon or not port.isascii() or not port.isdigit() or int(port) > 0xFFFF:
+            raise ConfigError(f"{text!r} is not an address: write tcp://HOST:PORT or unix:///PATH")
+        return cls(host=host.removeprefix("[").removesuffix("]") or "localhost", port=int(port))
+
+    def __str__(self) -> str:
+        if self.path:
+            return f"unix://{self.path}"
+        return f"tcp://[{self.host}]:{self.port}" if ":" in self.host else f"tcp://{self.host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
+class Compression:
+    """How page data is compressed: not at all (``level`` None) or by zstd at ``level``."""
+
+    level: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Compression:
+        """``none``, ``zstd`` or ``zstd:LEVEL`` with a level of -7 to 19. Raises :class:`ConfigError`."""
+        name, _, level = text.partition(":")
+        if name == "none" and not level:
+            return cls(None)
+        if name != "zstd" or (level and not re.fullmatch(r"-?\d{1,2}", level)):
+            raise ConfigError(f"{text!r} is not a compression: write none, zstd or zstd:LEVEL")
+        if level and not -7 <= int(level) <= 19:
+            raise ConfigError(f"zstd level {level} is out of range: take -7 (fastest) to 19 (smallest)")
+        return cls(int(level) if level else 1)
+
+    def __str__(self) -> str:
+        return "none" if self.level is None else f"zstd:{self.level}"
+
+
+@dataclass(frozen=True, slots=True)
+class BootConfig:
+    """What the guest starts with. ``method`` is auto, flat, multiboot, pvh or linux; ``load_addr`` is for flat."""
+
+    image: Path
+    method: str = "auto"
+    load_addr: int = 0x7C00
+    initrd: Path | None = None
+    cmdline: str = ""
+
+
+def parse_boot(text: str) -> tuple[str, int]:
+    """The value of ``--boot``: ``auto``, ``multiboot``, ``pvh``, ``linux``, ``flat`` or ``flat@ADDR``."""
+    method, _, addr = text.partition("@")
+    if method not in ("auto", "flat", "multiboot", "pvh", "linux") or (addr and method != "flat"):
+        raise ConfigError(f"{text!r} is not a boot method: take auto, flat@ADDR, multiboot, pvh or linux")
+    try:
+        return method, int(addr, 0) if addr else 0x7C00
+    except ValueError:
+        raise ConfigError(f"{addr!r} is not an address: write flat@0x7c00") from None
+
+
+@dataclass(frozen=True, slots=True)
+class MachineConfig:
+    """A machine: its name, its size and where its serial port goes. Raises :class:`ConfigError` when built wrong."""
+
+    name: str
+    memory_bytes: int = 1 << 30
+    nr_cpus: int = 1
+    serial: str = "stdio"
+    boot: BootConfig | None = None
+
+    def __post_init__(self) -> None:
+        if not NAME_PATTERN.fullmatch(self.name):
+            raise ConfigError(f"{self.name!r} is not a name: use letters, digits, dot, dash and underscore, at most 63")
+        if self.memory_bytes % PAGE_BYTES or not PAGE_BYTES * 256 <= self.memory_bytes <= MAX_MEMORY_BYTES:
+            raise ConfigError(
+                f"{self.memory_bytes} bytes of memory cannot be had: take a multiple of 4096 from 1M to 1T"
+            )
+        if not 1 <= self.nr_cpus <= MAX_CPUS:
+            raise ConfigError(f"{self.nr_cpus} vCPUs cannot be had: take 1 to {MAX_CPUS}")
+
+
+@dataclass(frozen=True, slots=True)
+class MigrationParameters:
+    """What bounds a migration. ``bandwidth_bytes_s`` 0 means no cap; times are in milliseconds."""
+
+    downtime_limit_ms: float = 300.0
+    bandwidth_bytes_s: int = 0
+    max_rounds: int = 30
+    compression: Compression = Compression()
+    timeout_ms: float = 10_000.0
+    """How long the other side may say nothing before it counts as dead."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.downtime_limit_ms <= 2_000_000:
+            raise ConfigError(f"a downtime limit of {self.downtime_limit_ms:g} ms cannot be meant: take 1 to 2000000")
+        if self.bandwidth_bytes_s < 0 or self.max_rounds < 1 or self.timeout_ms <= 0:
+            raise ConfigError("bandwidth must not be negative, and max-rounds and the timeout must be positive")
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotParameters:
+    """How a snapshot is taken: ``paused`` stops the guest for all of it, else only for the last round."""
+
+    paused: bool = False
+    compression: Compression = Compression()
+    downtime_limit_ms: float = 300.0
+    max_rounds: int = 30

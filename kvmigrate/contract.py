@@ -1,0 +1,79 @@
+"""All that migration and snapshot may ask of a machine; they import nothing else of it.
+
+The tests run both against a fake machine that has memory and a dirty log but no /dev/kvm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from enum import StrEnum
+from typing import Protocol
+
+from .memory.dirty import DirtyLog
+from .memory.region import GuestMemory
+from .state.fidelity import Fidelity
+from .state.section import Section, Value
+
+
+class RunState(StrEnum):
+    """QEMU's run states (qapi/run-state.json), as far as they are reached here."""
+
+    PRELAUNCH = "prelaunch"
+    INMIGRATE = "inmigrate"
+    RUNNING = "running"
+    PAUSED = "paused"
+    SAVE_VM = "save-vm"
+    FINISH_MIGRATE = "finish-migrate"
+    POSTMIGRATE = "postmigrate"
+    INTERNAL_ERROR = "internal-error"
+    SHUTDOWN = "shutdown"
+
+
+class Migratable(Protocol):
+    """A guest that can be moved or saved. All methods are called by one thread at a time."""
+
+    @property
+    def memory(self) -> GuestMemory:
+        """Guest RAM: slots, host address space, page hashes."""
+        ...
+
+    @property
+    def dirty_log(self) -> DirtyLog:
+        """Which pages were written since the last sync, by the guest or by the VMM."""
+        ...
+
+    @property
+    def runstate(self) -> RunState: ...
+
+    def describe(self) -> Mapping[str, Value]:
+        """What a destination needs to build an equal, empty machine: a msgpack map with the keys ``name``, ``uuid``,
+        ``memory_bytes``, ``slots`` (a list of [id, base_gfn, nr_pages]) and whatever else the builder reads."""
+        ...
+
+    def pause(self, reason: RunState) -> None:
+        """Stop every vCPU, with no half-done I/O left in the kernel, and enter ``reason``. Idempotent."""
+        ...
+
+    def resume(self) -> None:
+        """Let every vCPU run (again) and enter RUNNING."""
+        ...
+
+    def save(self) -> Sequence[Section]:
+        """The state of every part but RAM. The machine must be paused; saving may write guest memory."""
+        ...
+
+    def load(self, sections: Sequence[Section]) -> Fidelity:
+        """Set the state of every part, read all of it back and compare. Never runs a vCPU.
+
+        Raises :class:`StreamError` for a section that is missing, unknown or wrong. Refused items are in the
+        result, for the caller to judge with :meth:`Fidelity.require`.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give everything back to the kernel. Idempotent."""
+        ...
+
+
+Builder = Callable[[Mapping[str, Value]], Migratable]
+"""Builds the empty machine that :meth:`Migratable.describe` described, refusing what this host cannot give."""

@@ -1,0 +1,60 @@
+// Guest RAM: private anonymous memory under a handful of slots, and what is known of each page.
+
+#define KMIG_PAGE_BYTES 4096
+#define KMIG_MAX_SLOTS 32
+
+// One memory slot. Page n of a slot is gfn base_gfn + n and bit n of each bitmap; bitmaps have a multiple of 64 bits.
+struct kmig_slot {
+    uint32_t id;              // KVM's slot number
+    uint32_t reserved;
+    uint64_t base_gfn;
+    uint64_t nr_pages;
+    uint8_t *hva;
+    uint64_t *host_dirty;     // written by the VMM since the last sync
+    uint64_t *backed;         // content lies in a file mapped under the slot, touched or not
+    uint64_t *pending;        // to be copied in this round
+    uint64_t *hash;           // per page: XXH3-64 as last copied out or in; 0 for a zero page
+};
+
+struct kmig_memory {
+    uint32_t nr_slots;
+    int log_mode;             // KMIG_LOG_OFF, …
+    int vm_fd;                // -1 without a VM: then only host writes are logged
+    int pagemap_fd;
+    uint64_t digest;          // sum over all pages of mix(gfn, hash), kept up to date with every hash
+    uint64_t nr_hashed;       // pages whose hash is not 0
+    struct kmig_slot slot[KMIG_MAX_SLOTS];
+};
+
+int kmig_memory_create(struct kmig_memory **ret);
+void kmig_memory_destroy(struct kmig_memory *memory);
+
+// Reserve nr_pages of anonymous memory (MADV_HUGEPAGE, MAP_NORESERVE) and describe them as the next slot. KVM hears of
+// it through kmig_memory_attach.
+int kmig_memory_add(struct kmig_memory *memory, uint32_t id, uint64_t base_gfn, uint64_t nr_pages);
+
+// KVM_SET_USER_MEMORY_REGION for every slot.
+int kmig_memory_attach(struct kmig_memory *memory, int vm_fd);
+
+// Map nr_pages of fd at offset privately over the slot's pages from gfn on, and mark them backed.
+int kmig_memory_map_file(struct kmig_memory *memory, uint64_t gfn, uint64_t nr_pages, int fd, uint64_t offset);
+
+// Copy out of or into guest memory, across slots; -EFAULT when a byte lies outside of RAM, and then nothing was written.
+// A write marks host_dirty *after* the bytes are there: a sync between both sees the page in its next round.
+int kmig_memory_read(struct kmig_memory *memory, uint64_t gpa, void *data, uint64_t size_bytes);
+int kmig_memory_write(struct kmig_memory *memory, uint64_t gpa, const void *data, uint64_t size_bytes);
+
+// Set a bit in bitmap for each of the slot's pages first..first+nr_pages (both multiples of 64, but for the slot's end)
+// that may hold anything but zeros: present or swapped out as the kernel's pagemap says, or backed. Reads no page.
+// Returns how many.
+long kmig_memory_resident(struct kmig_memory *memory, uint32_t slot_index, uint64_t first, uint64_t nr_pages,
+                          uint64_t *bitmap);
+
+// Touch nr_pages from gfn on so that they take no fault later.
+int kmig_memory_prefault(struct kmig_memory *memory, uint64_t gfn, uint64_t nr_pages);
+
+// XXH3-64 of every page of a slot as it is now into hashes (nr_pages words), 0 for a zero or untouched page. For tests.
+int kmig_memory_hash_all(struct kmig_memory *memory, uint32_t slot_index, uint64_t *hashes);
+
+// XXH3-64 of any bytes.
+uint64_t kmig_hash(const void *data, size_t size_bytes);

@@ -1,0 +1,60 @@
+// From pending pages to chunks: clear the log, drop zeros, hash, coalesce. What stream.c and file.c have in common.
+
+#define KMIG_CHUNK_PAGES 256
+#define KMIG_RUN_DATA 0
+#define KMIG_RUN_ZERO 1
+
+// One row of a page table: nr_pages pages from gfn on. The layout is part of the wire format.
+struct kmig_page_run {
+    uint64_t gfn;
+    uint32_t nr_pages;
+    uint32_t kind;
+};
+
+// One round. The first group is set by the caller; the counters may be read by another thread while the round runs.
+struct kmig_round {
+    int abort_fd;              // an eventfd: readable means stop with -ECANCELED; -1 for none
+    int first;                 // 1 for the first round: take what is resident, window by window
+    uint64_t bandwidth;        // bytes per second, 0 for no cap
+    int64_t timeout_ms;        // how long a peer may take nothing before -ETIMEDOUT
+
+    uint64_t pages_total;      // pending when the round began (in the first round: grows as windows are looked up)
+    uint64_t pages_done;       // looked at
+    uint64_t pages_zero;       // zero, and not sent
+    uint64_t pages_sent;       // sent as data
+    uint64_t pages_cleared;    // announced as zero because the other side holds something else
+    uint64_t bytes_sent;       // everything that left, headers included
+    uint64_t busy_ns;          // spent in the socket or file
+
+    uint32_t slot;             // where the round stands
+    uint32_t reserved;
+    uint64_t page;
+    uint64_t window_end;
+    uint64_t next_send_ns;     // the pacer's clock
+};
+
+// Up to KMIG_CHUNK_PAGES pages that are ready to be copied.
+struct kmig_chunk {
+    uint32_t nr_runs;
+    uint32_t nr_data_pages;
+    struct kmig_page_run run[KMIG_CHUNK_PAGES];
+    uint8_t *hva[KMIG_CHUNK_PAGES];
+};
+
+// Begin a round over what is pending (or, with round->first, over what is resident).
+void kmig_round_begin(struct kmig_memory *memory, struct kmig_round *round);
+
+// The next chunk: clear its pages in the log, then look at them, hash them and take them off pending. When bounce is
+// not NULL (KMIG_CHUNK_PAGES pages) the data pages are copied there first and hashed there, for a compressor that must
+// not see them change. Returns 1 with a chunk, 0 when the round is done.
+int kmig_round_next(struct kmig_memory *memory, struct kmig_round *round, struct kmig_chunk *chunk, uint8_t *bounce);
+
+// Put the pages of a chunk back to pending: it was not delivered.
+void kmig_round_put_back(struct kmig_memory *memory, struct kmig_round *round, const struct kmig_chunk *chunk);
+
+// Check a page table against memory: every run inside one slot, kinds known, no page twice in a row of rising gfns.
+// Returns the number of data pages, or -EINVAL.
+long kmig_table_check(const struct kmig_memory *memory, const struct kmig_page_run *run, uint32_t nr_runs);
+
+// Write pages that were received as a whole (nr_data_pages × 4096 bytes) to where a checked table says; update hashes.
+int kmig_table_apply(struct kmig_memory *memory, const struct kmig_page_run *run, uint32_t nr_runs, const uint8_t *data);

@@ -1,0 +1,34 @@
+// Rounds over a socket, and pages off a socket straight into guest memory. Frames are described in state/frame.py.
+
+// All of a round as PAGES frames, numbered from *sequence on. The socket may be blocking or not.
+int kmig_stream_send_round(struct kmig_memory *memory, struct kmig_round *round, int fd, uint32_t *sequence);
+
+// Send exactly size_bytes; returns 0, -ETIMEDOUT, -ECANCELED, -EPIPE …. abort_fd and timeout as in struct kmig_round.
+int kmig_stream_send(int fd, const void *data, uint64_t size_bytes, int abort_fd, int64_t timeout_ms);
+
+// Receive exactly size_bytes; -ECONNRESET when the peer closes before.
+int kmig_stream_recv(int fd, void *data, uint64_t size_bytes, int abort_fd, int64_t timeout_ms);
+
+struct kmig_incoming {
+    int abort_fd;
+    int reserved;
+    int64_t timeout_ms;
+    uint32_t sequence;         // of the next frame
+    uint32_t kind;             // of the frame whose header came last
+    uint32_t flags;
+    uint32_t frame_flags;      // of a PAGES frame: bit 0 is zstd
+    uint64_t length;
+    uint64_t checksum;
+    uint64_t bytes_received;
+    uint64_t pages_received;
+    uint64_t pages_cleared;
+    uint32_t nr_runs;          // of a compressed PAGES frame: its table and where it is
+    uint32_t nr_data_pages;
+    struct kmig_page_run run[KMIG_CHUNK_PAGES];
+};
+
+// Receive frames: every uncompressed PAGES frame goes straight into memory (bounds and table checksum checked first).
+// Returns 1 with the header of the first frame that is anything else, its payload still unread; for a compressed PAGES
+// frame the table is read and checked, and the zstd frame (length in in->length) is still unread.
+// -EBADMSG: a header or table is damaged; -EPROTO: a wrong magic, sequence or length; -EINVAL: a table that cannot be.
+int kmig_stream_recv_pages(struct kmig_memory *memory, struct kmig_incoming *in, int fd);

@@ -1,0 +1,38 @@
+// One vCPU and the thread that runs it.
+
+// Why kmig_vcpu_run came back.
+#define KMIG_RUN_EXIT 0    // run->exit_reason is for a device, or for the caller to refuse by name
+#define KMIG_RUN_QUIT 1    // kmig_vcpus_quit was called
+#define KMIG_RUN_DEBUG 2   // KVM_EXIT_DEBUG: single step or a breakpoint
+
+// How a running vCPU is kicked out of KVM_RUN.
+#define KMIG_KICK_IMMEDIATE_EXIT 0   // KVM_CAP_IMMEDIATE_EXIT
+#define KMIG_KICK_SIGNAL_MASK 1      // KVM_SET_SIGNAL_MASK: the signal is open only inside KVM_RUN
+
+struct kmig_vcpu;
+struct kmig_vcpus;
+
+// All vCPUs of one VM: what is paused and resumed together. Starts paused.
+int kmig_vcpus_create(struct kmig_vcpus **ret);
+void kmig_vcpus_destroy(struct kmig_vcpus *vcpus);
+
+// Adopt the vCPU behind fd: map its run area (run_bytes from KVM_GET_VCPU_MMAP_SIZE).
+int kmig_vcpu_create(struct kmig_vcpus *vcpus, int fd, size_t run_bytes, int kick, struct kmig_vcpu **ret);
+void kmig_vcpu_destroy(struct kmig_vcpu *vcpu);
+struct kvm_run *kmig_vcpu_run_area(struct kmig_vcpu *vcpu);
+
+// The body of a vCPU thread: enter KVM_RUN again and again; park while the group is paused; come back with KMIG_RUN_…
+// or -errno. The thread that calls this first is the vCPU's thread from then on.
+//
+// A vCPU parks only after KVM_RUN was re-entered with an exit requested: an I/O, MMIO or MSR exit is completed by the
+// next KVM_RUN, and until then its result is in no state that can be read (KVM api.rst, note on KVM_EXIT_IO).
+int kmig_vcpu_run(struct kmig_vcpu *vcpu);
+
+// Pause: request it of all, kick each, wait until every vCPU that has a thread is parked. -ETIMEDOUT after timeout_ms,
+// with the pause still requested. Nested calls are one pause; idempotent.
+int kmig_vcpus_pause(struct kmig_vcpus *vcpus, int timeout_ms);
+void kmig_vcpus_resume(struct kmig_vcpus *vcpus);
+void kmig_vcpus_quit(struct kmig_vcpus *vcpus);
+
+// How often each vCPU entered KVM_RUN, for tests that prove that a machine has never run.
+uint64_t kmig_vcpu_nr_entries(struct kmig_vcpu *vcpu);
