@@ -24,7 +24,7 @@ MAX_ITEMS = 64 << 10
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """The saved state of the part ``name`` (such as ``vcpu0``, ``irqchip`` or ``serial0``), in ``version`` of its layout."""
+    """The saved state of the part ``name`` (``vcpu0``, ``irqchip``, ``serial0`` …), in ``version`` of its layout."""
 
     name: str
     version: int
@@ -119,7 +119,7 @@ class Fields:
     def text(self, key: str, max_length: int = 4096) -> str:
         value: str = self._take(key, str)
         if len(value) > max_length:
-            raise BadField(f"{self._where}: field {key!r} has {len(value)} characters, at most {max_length} are allowed")
+            raise BadField(f"{self._where}: field {key!r} has {len(value)} characters, at most {max_length} may be")
         return value
 
     def blob(self, key: str, max_bytes: int, *, exact: bool = False) -> bytes:
