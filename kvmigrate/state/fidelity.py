@@ -24,7 +24,7 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One restored item: its dotted name (``vcpu0.sregs.cr0``), the saved value, the value read back, and the reason."""
+    """One restored item: its dotted name (``vcpu0.sregs.cr0``), the saved value, the value read back, and why."""
 
     name: str
     verdict: Verdict
