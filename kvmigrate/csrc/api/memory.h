@@ -13,6 +13,7 @@ struct kmig_slot {
     uint64_t *host_dirty;     // written by the VMM since the last sync
     uint64_t *backed;         // content lies in a file mapped under the slot, touched or not
     uint64_t *pending;        // to be copied in this round
+    uint64_t *log;            // what KVM's log said at the last sync
     uint64_t *hash;           // per page: XXH3-64 as last copied out or in; 0 for a zero page
 };
 
@@ -21,7 +22,7 @@ struct kmig_memory {
     int log_mode;             // KMIG_LOG_OFF, …
     int vm_fd;                // -1 without a VM: then only host writes are logged
     int pagemap_fd;
-    uint64_t digest;          // sum over all pages of mix(gfn, hash), kept up to date with every hash
+    uint64_t digest;          // sum over all pages of a mix of gfn and hash, kept up to date with every hash
     uint64_t nr_hashed;       // pages whose hash is not 0
     struct kmig_slot slot[KMIG_MAX_SLOTS];
 };
@@ -29,8 +30,8 @@ struct kmig_memory {
 int kmig_memory_create(struct kmig_memory **ret);
 void kmig_memory_destroy(struct kmig_memory *memory);
 
-// Reserve nr_pages of anonymous memory (MADV_HUGEPAGE, MAP_NORESERVE) and describe them as the next slot. KVM hears of
-// it through kmig_memory_attach.
+// Reserve nr_pages of anonymous memory (MADV_HUGEPAGE, MAP_NORESERVE) and describe them as the next slot. Slots are added
+// by rising gfn, before kmig_memory_attach tells KVM of them.
 int kmig_memory_add(struct kmig_memory *memory, uint32_t id, uint64_t base_gfn, uint64_t nr_pages);
 
 // KVM_SET_USER_MEMORY_REGION for every slot.
@@ -44,9 +45,8 @@ int kmig_memory_map_file(struct kmig_memory *memory, uint64_t gfn, uint64_t nr_p
 int kmig_memory_read(struct kmig_memory *memory, uint64_t gpa, void *data, uint64_t size_bytes);
 int kmig_memory_write(struct kmig_memory *memory, uint64_t gpa, const void *data, uint64_t size_bytes);
 
-// Set a bit in bitmap for each of the slot's pages first..first+nr_pages (both multiples of 64, but for the slot's end)
-// that may hold anything but zeros: present or swapped out as the kernel's pagemap says, or backed. Reads no page.
-// Returns how many.
+// Set bit n of bitmap for each page first + n of the slot (first a multiple of 64, n under nr_pages) that may hold
+// anything but zeros: present or swapped out as the kernel's pagemap says, or backed. Reads no page. Returns how many.
 long kmig_memory_resident(struct kmig_memory *memory, uint32_t slot_index, uint64_t first, uint64_t nr_pages,
                           uint64_t *bitmap);
 

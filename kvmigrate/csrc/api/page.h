@@ -41,19 +41,21 @@ struct kmig_chunk {
     uint8_t *hva[KMIG_CHUNK_PAGES];
 };
 
-// Begin a round over what is pending (or, with round->first, over what is resident).
+// Begin a round over what is pending. With round->first: over what is resident, after all hashes are forgotten, since the
+// other side holds nothing yet.
 void kmig_round_begin(struct kmig_memory *memory, struct kmig_round *round);
 
 // The next chunk: clear its pages in the log, then look at them, hash them and take them off pending. When bounce is
 // not NULL (KMIG_CHUNK_PAGES pages) the data pages are copied there first and hashed there, for a compressor that must
-// not see them change. Returns 1 with a chunk, 0 when the round is done.
+// not see them change. Returns 1 with a chunk, 0 when the round is done, -ECANCELED, or -errno of the log; on an error
+// every page is pending that was not handed out before.
 int kmig_round_next(struct kmig_memory *memory, struct kmig_round *round, struct kmig_chunk *chunk, uint8_t *bounce);
 
 // Put the pages of a chunk back to pending: it was not delivered.
 void kmig_round_put_back(struct kmig_memory *memory, struct kmig_round *round, const struct kmig_chunk *chunk);
 
-// Check a page table against memory: every run inside one slot, kinds known, no page twice in a row of rising gfns.
-// Returns the number of data pages, or -EINVAL.
+// Check a page table against memory: every run inside one slot, kinds known, gfns rising so that no page comes twice, at
+// most KMIG_CHUNK_PAGES pages in all. Returns the number of data pages, or -EINVAL.
 long kmig_table_check(const struct kmig_memory *memory, const struct kmig_page_run *run, uint32_t nr_runs);
 
 // Write pages that were received as a whole (nr_data_pages × 4096 bytes) to where a checked table says; update hashes.

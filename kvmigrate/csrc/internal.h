@@ -1,0 +1,43 @@
+// What the files of the C core share and Python does not see.
+#ifndef KMIG_INTERNAL_H
+#define KMIG_INTERNAL_H
+
+#include "core.h"
+
+// The slot that holds gfn, or NULL.
+struct kmig_slot *kmig_memory_slot(const struct kmig_memory *memory, uint64_t gfn);
+
+// Where gfn, which is RAM, lies here.
+static inline uint8_t *kmig_memory_hva(const struct kmig_memory *memory, uint64_t gfn)
+{
+    const struct kmig_slot *slot = kmig_memory_slot(memory, gfn);
+    return slot->hva + (gfn - slot->base_gfn) * KMIG_PAGE_BYTES;
+}
+
+// After the pages of a checked run have arrived: hash them, or make them zero.
+void kmig_run_received(struct kmig_memory *memory, const struct kmig_page_run *run);
+
+// Turn KVM's logging of one slot on or off; there must be a VM.
+int kmig_memory_log_slot(const struct kmig_memory *memory, uint32_t slot_index, bool on);
+
+// Forget all hashes: the other side holds nothing yet.
+void kmig_memory_forget_hashes(struct kmig_memory *memory);
+
+uint64_t kmig_now_ns(void);
+
+// Whether abort_fd (-1 for none) is readable.
+bool kmig_aborted(int abort_fd);
+
+// Sleep until at_ns of kmig_now_ns; -ECANCELED when abort_fd became readable before.
+int kmig_sleep_until(uint64_t at_ns, int abort_fd);
+
+// Add to a counter that another thread may be reading.
+static inline void kmig_count(uint64_t *counter, uint64_t more)
+{
+    __atomic_store_n(counter, *counter + more, __ATOMIC_RELAXED);
+}
+
+// Hold back a chunk of size_bytes until the cap of round allows it; -ECANCELED when aborted meanwhile.
+int kmig_round_pace(struct kmig_round *round, uint64_t size_bytes);
+
+#endif

@@ -1,0 +1,330 @@
+// Guest RAM: reserve, map, read, write, and which of its pages hold anything.
+#include <fcntl.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "bits.h"
+#include "hash.h"
+
+#define HUGE_PAGE_BYTES (UINT64_C(2) << 20)
+#define MAX_GFN (UINT64_C(1) << 40)
+#define PAGEMAP_BATCH 1024
+// Bits of a word of /proc/PID/pagemap (Documentation/admin-guide/mm/pagemap.rst).
+#define PAGEMAP_PRESENT (UINT64_C(1) << 63)
+#define PAGEMAP_SWAPPED (UINT64_C(1) << 62)
+
+int kmig_memory_create(struct kmig_memory **ret)
+{
+    struct kmig_memory *memory = calloc(1, sizeof(*memory));
+    if (!memory)
+        return -ENOMEM;
+    memory->vm_fd = -1;
+    memory->pagemap_fd = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
+    if (memory->pagemap_fd < 0) {
+        int rc = -errno;
+        free(memory);
+        return rc;
+    }
+    *ret = memory;
+    return 0;
+}
+
+static void unmap(void *at, uint64_t size_bytes)
+{
+    if (at)
+        munmap(at, size_bytes);
+}
+
+static void slot_release(struct kmig_slot *slot)
+{
+    uint64_t bitmap_bytes = kmig_bits_words(slot->nr_pages) * 8;
+
+    unmap(slot->hva, slot->nr_pages * KMIG_PAGE_BYTES);
+    unmap(slot->host_dirty, bitmap_bytes);
+    unmap(slot->backed, bitmap_bytes);
+    unmap(slot->pending, bitmap_bytes);
+    unmap(slot->log, bitmap_bytes);
+    unmap(slot->hash, slot->nr_pages * sizeof(*slot->hash));
+}
+
+void kmig_memory_destroy(struct kmig_memory *memory)
+{
+    if (!memory)
+        return;
+    for (uint32_t i = 0; i < memory->nr_slots; i++)
+        slot_release(&memory->slot[i]);
+    close(memory->pagemap_fd);
+    free(memory);
+}
+
+// Zeroed memory that costs nothing until it is touched.
+static void *map_zeroed(uint64_t size_bytes)
+{
+    void *at = mmap(NULL, size_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    return at == MAP_FAILED ? NULL : at;
+}
+
+// hva and gpa must agree modulo 2 MiB: only then can KVM map a huge page of the host as one of the guest
+// (kvm_mmu_hugepage_adjust and lpage_info in arch/x86/kvm).
+static uint8_t *map_ram(uint64_t base_gfn, uint64_t size_bytes)
+{
+    uint8_t *area = map_zeroed(size_bytes + HUGE_PAGE_BYTES);
+    if (!area)
+        return NULL;
+    uint64_t head = (base_gfn * KMIG_PAGE_BYTES - (uintptr_t)area) % HUGE_PAGE_BYTES;
+    if (head)
+        munmap(area, head);
+    munmap(area + head + size_bytes, HUGE_PAGE_BYTES - head);
+    // A kernel without transparent huge pages refuses this; memory is then slower to touch and works all the same.
+    madvise(area + head, size_bytes, MADV_HUGEPAGE);
+    // Guest RAM in a core dump helps nobody and may be secret.
+    madvise(area + head, size_bytes, MADV_DONTDUMP);
+    return area + head;
+}
+
+static int check_new_slot(const struct kmig_memory *memory, uint32_t id, uint64_t base_gfn, uint64_t nr_pages)
+{
+    if (memory->vm_fd >= 0)
+        return -EBUSY;
+    if (memory->nr_slots == KMIG_MAX_SLOTS)
+        return -ENOSPC;
+    if (!nr_pages || base_gfn >= MAX_GFN || nr_pages > MAX_GFN - base_gfn)
+        return -EINVAL;
+    for (uint32_t i = 0; i < memory->nr_slots; i++)
+        if (memory->slot[i].id == id || base_gfn < memory->slot[i].base_gfn + memory->slot[i].nr_pages)
+            return -EEXIST;
+    return 0;
+}
+
+int kmig_memory_add(struct kmig_memory *memory, uint32_t id, uint64_t base_gfn, uint64_t nr_pages)
+{
+    int rc = check_new_slot(memory, id, base_gfn, nr_pages);
+    if (rc)
+        return rc;
+    uint64_t bitmap_bytes = kmig_bits_words(nr_pages) * 8;
+    struct kmig_slot slot = {
+        .id = id,
+        .base_gfn = base_gfn,
+        .nr_pages = nr_pages,
+        .hva = map_ram(base_gfn, nr_pages * KMIG_PAGE_BYTES),
+        .host_dirty = map_zeroed(bitmap_bytes),
+        .backed = map_zeroed(bitmap_bytes),
+        .pending = map_zeroed(bitmap_bytes),
+        .log = map_zeroed(bitmap_bytes),
+        .hash = map_zeroed(nr_pages * sizeof(*slot.hash)),
+    };
+    if (!slot.hva || !slot.host_dirty || !slot.backed || !slot.pending || !slot.log || !slot.hash) {
+        slot_release(&slot);
+        return -ENOMEM;
+    }
+    memory->slot[memory->nr_slots++] = slot;
+    return 0;
+}
+
+static int set_region(int vm_fd, const struct kmig_slot *slot, uint32_t flags)
+{
+    struct kvm_userspace_memory_region region = {
+        .slot = slot->id,
+        .flags = flags,
+        .guest_phys_addr = slot->base_gfn * KMIG_PAGE_BYTES,
+        .memory_size = slot->nr_pages * KMIG_PAGE_BYTES,
+        .userspace_addr = (uintptr_t)slot->hva,
+    };
+    return kmig_ioctl(vm_fd, KVM_SET_USER_MEMORY_REGION, &region);
+}
+
+int kmig_memory_attach(struct kmig_memory *memory, int vm_fd)
+{
+    if (memory->vm_fd >= 0 || memory->log_mode != KMIG_LOG_OFF)
+        return -EBUSY;
+    for (uint32_t i = 0; i < memory->nr_slots; i++) {
+        int rc = set_region(vm_fd, &memory->slot[i], 0);
+        if (rc < 0)
+            return rc;
+    }
+    memory->vm_fd = vm_fd;
+    return 0;
+}
+
+int kmig_memory_log_slot(const struct kmig_memory *memory, uint32_t slot_index, bool on)
+{
+    return set_region(memory->vm_fd, &memory->slot[slot_index], on ? KVM_MEM_LOG_DIRTY_PAGES : 0);
+}
+
+struct kmig_slot *kmig_memory_slot(const struct kmig_memory *memory, uint64_t gfn)
+{
+    for (uint32_t i = 0; i < memory->nr_slots; i++) {
+        const struct kmig_slot *slot = &memory->slot[i];
+        if (gfn >= slot->base_gfn && gfn - slot->base_gfn < slot->nr_pages)
+            return (struct kmig_slot *)slot;
+    }
+    return NULL;
+}
+
+// The slot that holds all of nr_pages from gfn on, with the first one's number in the slot.
+static struct kmig_slot *slot_of_range(const struct kmig_memory *memory, uint64_t gfn, uint64_t nr_pages,
+                                       uint64_t *ret_page)
+{
+    struct kmig_slot *slot = kmig_memory_slot(memory, gfn);
+    if (!slot || nr_pages > slot->nr_pages - (gfn - slot->base_gfn))
+        return NULL;
+    *ret_page = gfn - slot->base_gfn;
+    return slot;
+}
+
+int kmig_memory_map_file(struct kmig_memory *memory, uint64_t gfn, uint64_t nr_pages, int fd, uint64_t offset)
+{
+    uint64_t page, size_bytes;
+    struct stat status;
+    struct kmig_slot *slot = slot_of_range(memory, gfn, nr_pages, &page);
+
+    if (!slot || !nr_pages)
+        return -EFAULT;
+    if (fstat(fd, &status) < 0)
+        return -errno;
+    size_bytes = nr_pages * KMIG_PAGE_BYTES;
+    // A page mapped past the end of its file kills whoever touches it.
+    if (offset % KMIG_PAGE_BYTES || offset > (uint64_t)status.st_size || size_bytes > (uint64_t)status.st_size - offset)
+        return -EINVAL;
+    void *at = mmap(slot->hva + page * KMIG_PAGE_BYTES, size_bytes, PROT_READ | PROT_WRITE,
+                    MAP_PRIVATE | MAP_FIXED | MAP_NORESERVE, fd, (off_t)offset);
+    if (at == MAP_FAILED)
+        return -errno;
+    madvise(at, size_bytes, MADV_DONTDUMP);
+    kmig_bits_set_range(slot->backed, page, page + nr_pages);
+    return 0;
+}
+
+static bool range_is_ram(const struct kmig_memory *memory, uint64_t gpa, uint64_t size_bytes)
+{
+    while (size_bytes) {
+        const struct kmig_slot *slot = kmig_memory_slot(memory, gpa / KMIG_PAGE_BYTES);
+        if (!slot)
+            return false;
+        uint64_t left = (slot->base_gfn + slot->nr_pages) * KMIG_PAGE_BYTES - gpa;
+        if (left >= size_bytes)
+            return true;
+        gpa += left;
+        size_bytes -= left;
+    }
+    return true;
+}
+
+// The piece of gpa..gpa+size_bytes that lies in the first slot of the range, which is known to be RAM.
+struct piece {
+    struct kmig_slot *slot;
+    uint64_t offset;
+    uint64_t size_bytes;
+};
+
+static struct piece first_piece(const struct kmig_memory *memory, uint64_t gpa, uint64_t size_bytes)
+{
+    struct kmig_slot *slot = kmig_memory_slot(memory, gpa / KMIG_PAGE_BYTES);
+    uint64_t offset = gpa - slot->base_gfn * KMIG_PAGE_BYTES;
+    uint64_t left = slot->nr_pages * KMIG_PAGE_BYTES - offset;
+    return (struct piece){slot, offset, left < size_bytes ? left : size_bytes};
+}
+
+int kmig_memory_read(struct kmig_memory *memory, uint64_t gpa, void *data, uint64_t size_bytes)
+{
+    uint8_t *to = data;
+
+    if (!range_is_ram(memory, gpa, size_bytes))
+        return -EFAULT;
+    while (size_bytes) {
+        struct piece piece = first_piece(memory, gpa, size_bytes);
+        memcpy(to, piece.slot->hva + piece.offset, piece.size_bytes);
+        to += piece.size_bytes;
+        gpa += piece.size_bytes;
+        size_bytes -= piece.size_bytes;
+    }
+    return 0;
+}
+
+int kmig_memory_write(struct kmig_memory *memory, uint64_t gpa, const void *data, uint64_t size_bytes)
+{
+    const uint8_t *from = data;
+
+    if (!range_is_ram(memory, gpa, size_bytes))
+        return -EFAULT;
+    while (size_bytes) {
+        struct piece piece = first_piece(memory, gpa, size_bytes);
+        memcpy(piece.slot->hva + piece.offset, from, piece.size_bytes);
+        // After the bytes: a sync that takes the mark before they are there would have the old page copied and no
+        // mark left for the new one.
+        kmig_bits_set_range_atomic(piece.slot->host_dirty, piece.offset / KMIG_PAGE_BYTES,
+                                   (piece.offset + piece.size_bytes + KMIG_PAGE_BYTES - 1) / KMIG_PAGE_BYTES);
+        from += piece.size_bytes;
+        gpa += piece.size_bytes;
+        size_bytes -= piece.size_bytes;
+    }
+    return 0;
+}
+
+// Set the bits of up to PAGEMAP_BATCH pages that are present or swapped out.
+static int resident_batch(const struct kmig_memory *memory, const struct kmig_slot *slot, uint64_t first, uint64_t end,
+                          uint64_t *bitmap)
+{
+    uint64_t entry[PAGEMAP_BATCH];
+    uint64_t at = (uintptr_t)slot->hva / KMIG_PAGE_BYTES + first;
+    ssize_t want = (ssize_t)((end - first) * sizeof(*entry));
+    ssize_t got = pread(memory->pagemap_fd, entry, (size_t)want, (off_t)(at * sizeof(*entry)));
+
+    if (got != want)
+        return got < 0 ? -errno : -EIO;
+    for (uint64_t page = first; page < end; page++)
+        if (entry[page - first] & (PAGEMAP_PRESENT | PAGEMAP_SWAPPED))
+            kmig_bits_set(bitmap, page - first);
+    return 0;
+}
+
+long kmig_memory_resident(struct kmig_memory *memory, uint32_t slot_index, uint64_t first, uint64_t nr_pages,
+                          uint64_t *bitmap)
+{
+    if (slot_index >= memory->nr_slots)
+        return -EINVAL;
+    const struct kmig_slot *slot = &memory->slot[slot_index];
+    if (first % 64 || first > slot->nr_pages || nr_pages > slot->nr_pages - first)
+        return -EINVAL;
+    uint64_t end = first + nr_pages;
+    for (uint64_t page = first; page < end; page += PAGEMAP_BATCH) {
+        uint64_t batch_end = end - page > PAGEMAP_BATCH ? page + PAGEMAP_BATCH : end;
+        int rc = resident_batch(memory, slot, page, batch_end, bitmap + (page - first) / 64);
+        if (rc < 0)
+            return rc;
+    }
+    for (uint64_t word = first / 64; word < kmig_bits_words(end); word++)
+        bitmap[word - first / 64] |= slot->backed[word] & kmig_bits_mask(word, first, end);
+    return (long)kmig_bits_count(bitmap, 0, nr_pages);
+}
+
+int kmig_memory_prefault(struct kmig_memory *memory, uint64_t gfn, uint64_t nr_pages)
+{
+    uint64_t page;
+    struct kmig_slot *slot = slot_of_range(memory, gfn, nr_pages, &page);
+
+    if (!slot)
+        return -EFAULT;
+    if (madvise(slot->hva + page * KMIG_PAGE_BYTES, nr_pages * KMIG_PAGE_BYTES, MADV_POPULATE_WRITE) < 0)
+        return -errno;
+    return 0;
+}
+
+int kmig_memory_hash_all(struct kmig_memory *memory, uint32_t slot_index, uint64_t *hashes)
+{
+    if (slot_index >= memory->nr_slots)
+        return -EINVAL;
+    const struct kmig_slot *slot = &memory->slot[slot_index];
+    uint64_t *resident = calloc(kmig_bits_words(slot->nr_pages), sizeof(*resident));
+    if (!resident)
+        return -ENOMEM;
+    long rc = kmig_memory_resident(memory, slot_index, 0, slot->nr_pages, resident);
+    if (rc >= 0)
+        for (uint64_t page = 0; page < slot->nr_pages; page++)
+            hashes[page] = kmig_bits_test(resident, page) ? kmig_page_hash(slot->hva + page * KMIG_PAGE_BYTES) : 0;
+    free(resident);
+    return rc < 0 ? (int)rc : 0;
+}

@@ -1,0 +1,329 @@
+// PAGES frames over a socket. The layout of a frame is specified in state/frame.py.
+#include <limits.h>
+#include <poll.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/uio.h>
+
+#include "internal.h"
+
+#define FRAME_PAGES 3
+#define FLAG_MANDATORY 1
+#define PAGES_ZSTD 1
+// A zstd frame of pages that do not shrink is this much larger than they are (ZSTD_compressBound, rounded up).
+#define ZSTD_SLACK_BYTES (KMIG_CHUNK_PAGES * KMIG_PAGE_BYTES / 256 + 512)
+
+static const uint8_t magic[4] = {'K', 'V', 'M', 'G'};
+
+// The machine is little endian, like the wire: KVM on x86-64 is all there is.
+struct frame_header {
+    uint8_t magic[4];
+    uint16_t kind;
+    uint16_t flags;
+    uint64_t length;
+    uint64_t checksum;
+    uint32_t sequence;
+    uint32_t header_checksum;
+};
+
+struct pages_head {
+    uint32_t nr_runs;
+    uint32_t flags;
+    uint64_t data_bytes;
+};
+
+_Static_assert(sizeof(struct frame_header) == 32 && sizeof(struct pages_head) == 16, "the wire format");
+_Static_assert(sizeof(struct kmig_page_run) == 16, "the wire format");
+_Static_assert(KMIG_CHUNK_PAGES + 2 <= IOV_MAX, "a chunk is one sendmsg");
+
+// The head of a PAGES frame as one piece, so that one checksum goes over head and table.
+struct pages_table {
+    struct pages_head head;
+    struct kmig_page_run run[KMIG_CHUNK_PAGES];
+};
+
+static size_t table_bytes(uint32_t nr_runs)
+{
+    return sizeof(struct pages_head) + nr_runs * sizeof(struct kmig_page_run);
+}
+
+static uint32_t header_checksum(const struct frame_header *header)
+{
+    return (uint32_t)kmig_hash(header, offsetof(struct frame_header, header_checksum));
+}
+
+// Wait until fd is ready for events.
+static int wait_ready(int fd, short events, int abort_fd, int64_t timeout_ms)
+{
+    struct pollfd poller[2] = {{.fd = fd, .events = events}, {.fd = abort_fd, .events = POLLIN}};
+    uint64_t until = kmig_now_ns() + (uint64_t)timeout_ms * 1000000;
+
+    for (;;) {
+        uint64_t now = kmig_now_ns();
+        uint64_t left = now < until ? until - now : 0;
+        struct timespec wait = {(time_t)(left / 1000000000), (long)(left % 1000000000)};
+        int rc = ppoll(poller, 2, &wait, NULL);
+        if (rc < 0 && errno != EINTR)
+            return -errno;
+        if (rc > 0 && poller[1].revents)
+            return -ECANCELED;
+        if (rc > 0)
+            return 0;
+        if (rc == 0 && !left)
+            return -ETIMEDOUT;
+    }
+}
+
+// Take moved bytes off the front of the list. Returns what is left of it.
+static struct iovec *advance(struct iovec *iov, size_t *nr_iov, size_t moved)
+{
+    while (*nr_iov && moved >= iov->iov_len) {
+        moved -= iov->iov_len;
+        iov++;
+        (*nr_iov)--;
+    }
+    if (*nr_iov) {
+        iov->iov_base = (uint8_t *)iov->iov_base + moved;
+        iov->iov_len -= moved;
+    }
+    return iov;
+}
+
+struct link {
+    int fd;
+    int abort_fd;
+    int64_t timeout_ms;
+};
+
+static int send_all(const struct link *link, struct iovec *iov, size_t nr_iov)
+{
+    while (nr_iov) {
+        struct msghdr message = {.msg_iov = iov, .msg_iovlen = nr_iov};
+        ssize_t sent = sendmsg(link->fd, &message, MSG_NOSIGNAL | MSG_DONTWAIT);
+        if (sent >= 0) {
+            iov = advance(iov, &nr_iov, (size_t)sent);
+        } else if (errno == EAGAIN) {
+            int rc = wait_ready(link->fd, POLLOUT, link->abort_fd, link->timeout_ms);
+            if (rc)
+                return rc;
+        } else if (errno != EINTR) {
+            return -errno;
+        }
+    }
+    return 0;
+}
+
+static int recv_all(const struct link *link, struct iovec *iov, size_t nr_iov)
+{
+    while (nr_iov) {
+        struct msghdr message = {.msg_iov = iov, .msg_iovlen = nr_iov};
+        ssize_t got = recvmsg(link->fd, &message, MSG_DONTWAIT);
+        if (got > 0) {
+            iov = advance(iov, &nr_iov, (size_t)got);
+        } else if (got == 0) {
+            return -ECONNRESET;
+        } else if (errno == EAGAIN) {
+            int rc = wait_ready(link->fd, POLLIN, link->abort_fd, link->timeout_ms);
+            if (rc)
+                return rc;
+        } else if (errno != EINTR) {
+            return -errno;
+        }
+    }
+    return 0;
+}
+
+int kmig_stream_send(int fd, const void *data, uint64_t size_bytes, int abort_fd, int64_t timeout_ms)
+{
+    const struct link link = {fd, abort_fd, timeout_ms};
+    struct iovec iov = {(void *)data, size_bytes};
+
+    if (kmig_aborted(abort_fd))
+        return -ECANCELED;
+    return size_bytes ? send_all(&link, &iov, 1) : 0;
+}
+
+int kmig_stream_recv(int fd, void *data, uint64_t size_bytes, int abort_fd, int64_t timeout_ms)
+{
+    const struct link link = {fd, abort_fd, timeout_ms};
+    struct iovec iov = {data, size_bytes};
+
+    if (kmig_aborted(abort_fd))
+        return -ECANCELED;
+    return size_bytes ? recv_all(&link, &iov, 1) : 0;
+}
+
+// The data runs of a page table as a list of pieces. Returns how many.
+static size_t runs_to_iov(const struct kmig_chunk *chunk, struct iovec *iov)
+{
+    size_t nr = 0;
+
+    for (uint32_t i = 0; i < chunk->nr_runs; i++) {
+        if (chunk->run[i].kind != KMIG_RUN_DATA)
+            continue;
+        iov[nr++] = (struct iovec){chunk->hva[i], (size_t)chunk->run[i].nr_pages * KMIG_PAGE_BYTES};
+    }
+    if (KMIG_FAULT("swap-two-pages") && nr > 0 && iov[0].iov_len == 2 * KMIG_PAGE_BYTES && nr < KMIG_CHUNK_PAGES) {
+        memmove(iov + 2, iov + 1, (nr - 1) * sizeof(*iov));
+        iov[1] = (struct iovec){iov[0].iov_base, KMIG_PAGE_BYTES};
+        iov[0] = (struct iovec){(uint8_t *)iov[0].iov_base + KMIG_PAGE_BYTES, KMIG_PAGE_BYTES};
+        nr++;
+    }
+    return nr;
+}
+
+static int send_chunk(struct kmig_round *round, const struct link *link, const struct kmig_chunk *chunk,
+                      uint32_t sequence)
+{
+    uint64_t data_bytes = (uint64_t)chunk->nr_data_pages * KMIG_PAGE_BYTES;
+    struct pages_table table = {.head = {chunk->nr_runs, 0, data_bytes}};
+    size_t head_bytes = table_bytes(chunk->nr_runs);
+    struct frame_header header = {
+        .kind = FRAME_PAGES, .flags = FLAG_MANDATORY, .length = head_bytes + data_bytes, .sequence = sequence};
+    struct iovec iov[KMIG_CHUNK_PAGES + 2] = {{&header, sizeof(header)}, {&table, head_bytes}};
+
+    memcpy(header.magic, magic, sizeof(magic));
+    memcpy(table.run, chunk->run, chunk->nr_runs * sizeof(*chunk->run));
+    header.checksum = kmig_hash(&table, head_bytes);
+    header.header_checksum = header_checksum(&header);
+    int rc = kmig_round_pace(round, sizeof(header) + header.length);
+    if (rc)
+        return rc;
+    uint64_t began_ns = kmig_now_ns();
+    rc = send_all(link, iov, 2 + runs_to_iov(chunk, iov + 2));
+    kmig_count(&round->busy_ns, kmig_now_ns() - began_ns);
+    if (rc == 0)
+        kmig_count(&round->bytes_sent, sizeof(header) + header.length);
+    return rc;
+}
+
+int kmig_stream_send_round(struct kmig_memory *memory, struct kmig_round *round, int fd, uint32_t *sequence)
+{
+    const struct link link = {fd, round->abort_fd, round->timeout_ms};
+    struct kmig_chunk chunk;
+    int rc;
+
+    kmig_round_begin(memory, round);
+    while ((rc = kmig_round_next(memory, round, &chunk, NULL)) > 0) {
+        rc = kmig_aborted(round->abort_fd) ? -ECANCELED : send_chunk(round, &link, &chunk, *sequence);
+        if (rc < 0) {
+            kmig_round_put_back(memory, round, &chunk);
+            break;
+        }
+        ++*sequence;
+    }
+    return rc;
+}
+
+static int recv_header(struct kmig_incoming *in, const struct link *link)
+{
+    struct frame_header header;
+    struct iovec iov = {&header, sizeof(header)};
+    int rc = recv_all(link, &iov, 1);
+
+    if (rc)
+        return rc;
+    if (memcmp(header.magic, magic, sizeof(magic)) != 0)
+        return -EPROTO;
+    if (header.header_checksum != header_checksum(&header))
+        return -EBADMSG;
+    if (header.sequence != in->sequence)
+        return -EPROTO;
+    in->sequence++;
+    in->kind = header.kind;
+    in->flags = header.flags;
+    in->length = header.length;
+    in->checksum = header.checksum;
+    in->frame_flags = in->nr_runs = in->nr_data_pages = 0;
+    kmig_count(&in->bytes_received, sizeof(header));
+    return 0;
+}
+
+// Whether the sizes in a PAGES frame agree with its header and are within bounds.
+static bool head_is_sound(const struct kmig_incoming *in, const struct pages_head *head)
+{
+    return head->nr_runs > 0 && head->nr_runs <= KMIG_CHUNK_PAGES && !(head->flags & ~(uint32_t)PAGES_ZSTD) &&
+           head->data_bytes <= KMIG_CHUNK_PAGES * KMIG_PAGE_BYTES + ZSTD_SLACK_BYTES &&
+           in->length == table_bytes(head->nr_runs) + head->data_bytes;
+}
+
+// Whether as much data is announced as the pages of the table take.
+static bool data_bytes_are_sound(const struct kmig_incoming *in, uint64_t data_bytes)
+{
+    if (in->frame_flags & PAGES_ZSTD)
+        return (data_bytes > 0) == (in->nr_data_pages > 0);
+    return data_bytes == (uint64_t)in->nr_data_pages * KMIG_PAGE_BYTES;
+}
+
+static int recv_table(struct kmig_memory *memory, struct kmig_incoming *in, const struct link *link)
+{
+    struct pages_table table;
+    struct iovec iov = {&table.head, sizeof(table.head)};
+
+    if (in->length < sizeof(table.head))
+        return -EPROTO;
+    int rc = recv_all(link, &iov, 1);
+    if (rc)
+        return rc;
+    if (!head_is_sound(in, &table.head))
+        return -EPROTO;
+    iov = (struct iovec){table.run, table.head.nr_runs * sizeof(*table.run)};
+    rc = recv_all(link, &iov, 1);
+    if (rc)
+        return rc;
+    if (kmig_hash(&table, table_bytes(table.head.nr_runs)) != in->checksum)
+        return -EBADMSG;
+    long nr_data = kmig_table_check(memory, table.run, table.head.nr_runs);
+    if (nr_data < 0)
+        return (int)nr_data;
+    memcpy(in->run, table.run, table.head.nr_runs * sizeof(*table.run));
+    in->nr_runs = table.head.nr_runs;
+    in->nr_data_pages = (uint32_t)nr_data;
+    in->frame_flags = table.head.flags;
+    in->length = table.head.data_bytes;
+    kmig_count(&in->bytes_received, table_bytes(in->nr_runs));
+    return data_bytes_are_sound(in, in->length) ? 0 : -EPROTO;
+}
+
+static int recv_data(struct kmig_memory *memory, struct kmig_incoming *in, const struct link *link)
+{
+    struct iovec iov[KMIG_CHUNK_PAGES];
+    size_t nr = 0;
+
+    for (uint32_t i = 0; i < in->nr_runs; i++)
+        if (in->run[i].kind == KMIG_RUN_DATA)
+            iov[nr++] = (struct iovec){kmig_memory_hva(memory, in->run[i].gfn),
+                                       (size_t)in->run[i].nr_pages * KMIG_PAGE_BYTES};
+    int rc = recv_all(link, iov, nr);
+    if (rc)
+        return rc;
+    for (uint32_t i = 0; i < in->nr_runs; i++) {
+        kmig_run_received(memory, &in->run[i]);
+        kmig_count(in->run[i].kind == KMIG_RUN_DATA ? &in->pages_received : &in->pages_cleared, in->run[i].nr_pages);
+    }
+    kmig_count(&in->bytes_received, in->length);
+    return 0;
+}
+
+int kmig_stream_recv_pages(struct kmig_memory *memory, struct kmig_incoming *in, int fd)
+{
+    const struct link link = {fd, in->abort_fd, in->timeout_ms};
+
+    for (;;) {
+        if (kmig_aborted(in->abort_fd))
+            return -ECANCELED;
+        int rc = recv_header(in, &link);
+        if (rc)
+            return rc;
+        if (in->kind != FRAME_PAGES)
+            return 1;
+        rc = recv_table(memory, in, &link);
+        if (rc)
+            return rc;
+        if (in->frame_flags & PAGES_ZSTD)
+            return 1;
+        rc = recv_data(memory, in, &link);
+        if (rc)
+            return rc;
+    }
+}
