@@ -1,0 +1,44 @@
+"""How a guest ends, and the exit status that ``run``, ``receive`` and ``restore`` make of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+POWEROFF = "poweroff"
+DEBUG_EXIT = "debug-exit"
+RESET = "reset"
+CRASH = "crash"
+
+
+@dataclass(frozen=True, slots=True)
+class GuestEnd:
+    """Why the guest is over: ``kind`` (one of the words above), the process's ``exit_status``, one line of ``text``."""
+
+    kind: str
+    exit_status: int
+    text: str
+
+    @classmethod
+    def powered_off(cls) -> GuestEnd:
+        """The guest switched itself off: exit status 0."""
+        return cls(POWEROFF, 0, "the guest powered off")
+
+    @classmethod
+    def debug_exit(cls, code: int) -> GuestEnd:
+        """The guest wrote ``code`` to isa-debug-exit: exit status ``(code << 1) | 1`` modulo 256, so never 0."""
+        return cls(DEBUG_EXIT, (code << 1 | 1) & 0xFF, f"the guest wrote {code:#x} to its debug-exit port")
+
+    @classmethod
+    def reset(cls, how: str) -> GuestEnd:
+        """The guest asked for a reset by ``how``: exit status 10, since a reset machine is not started again here."""
+        return cls(RESET, 10, f"the guest asked for a reset ({how})")
+
+    @classmethod
+    def crashed(cls, text: str) -> GuestEnd:
+        """The guest stopped in a way that no guest intends (a triple fault, an emulation failure): exit status 4."""
+        return cls(CRASH, 4, text)
+
+
+EndCallback = Callable[[GuestEnd], None]
+"""Told once by a device that the guest ended; it must not block, the vCPU's thread calls it."""
