@@ -1,0 +1,48 @@
+"""How a guest's image becomes memory and registers: flat binaries, multiboot, PVH and Linux."""
+
+from __future__ import annotations
+
+from ..config import BootConfig
+from ..errors import ConfigError
+from .detect import detect
+from .entry import EntryState
+from .flat import load_flat
+from .image import Image, read_image
+from .multiboot import load_multiboot
+from .plan import LoadPlan, Writable
+
+MAX_CMDLINE_BYTES = 16 << 10
+
+__all__ = ["EntryState", "load_boot"]
+
+
+def load_boot(memory: Writable, boot: BootConfig, memory_bytes: int) -> EntryState:
+    """Load ``boot`` into guest ``memory`` of ``memory_bytes``, all zero so far, and say how the first vCPU starts.
+
+    All is checked before the first byte is written. Raises :class:`ConfigError`, naming the file.
+    """
+    image = read_image(boot.image, "image")
+    initrd = read_image(boot.initrd, "initrd", memory_bytes) if boot.initrd else None
+    plan = LoadPlan(image, memory_bytes)
+    entry = _load(plan, boot, initrd)
+    plan.write(memory)
+    return entry
+
+
+def _load(plan: LoadPlan, boot: BootConfig, initrd: Image | None) -> EntryState:
+    method = detect(plan.image) if boot.method == "auto" else boot.method
+    cmdline = _encode_cmdline(boot.cmdline)
+    if method == "multiboot":
+        return load_multiboot(plan, initrd, cmdline)
+    if method == "flat":
+        if initrd is not None or cmdline:
+            raise plan.image.error("a flat image takes neither an initrd nor a command line")
+        return load_flat(plan, boot.load_addr)
+    raise plan.image.error(f"{method!r} is not a boot method: take auto, flat@ADDR, multiboot, pvh or linux")
+
+
+def _encode_cmdline(text: str) -> bytes:
+    cmdline = text.encode("utf-8", "surrogateescape")
+    if b"\0" in cmdline or len(cmdline) > MAX_CMDLINE_BYTES:
+        raise ConfigError(f"a command line must not hold NUL nor be longer than {MAX_CMDLINE_BYTES} bytes")
+    return cmdline

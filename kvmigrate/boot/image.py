@@ -1,0 +1,49 @@
+"""An image file: read whole, within a limit, and the name for every error about it."""
+
+from __future__ import annotations
+
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import ConfigError
+
+MAX_IMAGE_BYTES = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """The bytes of the file at ``path``."""
+
+    path: Path
+    data: bytes
+
+    def error(self, text: str) -> ConfigError:
+        """An error that names the file."""
+        return ConfigError(f"{self.path}: {text}")
+
+    def bytes_at(self, offset: int, size: int, what: str) -> memoryview:
+        """``size`` bytes from ``offset``; raises :class:`ConfigError` when the file ends before."""
+        if offset < 0 or size < 0 or offset + size > len(self.data):
+            raise self.error(
+                f"{what} lies at {offset:#x} with {size:#x} bytes, the file has {len(self.data):#x}: is it cut short?"
+            )
+        return memoryview(self.data)[offset : offset + size]
+
+
+def read_image(path: Path, what: str, max_bytes: int = MAX_IMAGE_BYTES) -> Image:
+    """Read a regular file of at most ``max_bytes``. Raises :class:`ConfigError`."""
+    try:
+        # Without O_NONBLOCK, opening a FIFO would wait for a writer.
+        with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:  # noqa: PTH123
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise ConfigError(f"{path}: the {what} is not a regular file")
+            data = file.read(max_bytes + 1)
+    except OSError as error:
+        raise ConfigError(f"{path}: the {what} cannot be read: {error.strerror}") from error
+    if len(data) > max_bytes:
+        raise ConfigError(f"{path}: the {what} is larger than {max_bytes} bytes")
+    if not data:
+        raise ConfigError(f"{path}: the {what} is empty")
+    return Image(path, data)
