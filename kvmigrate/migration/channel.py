@@ -1,0 +1,271 @@
+"""One connection that carries frames in both directions, with a timeout and a way out of every blocking call."""
+
+from __future__ import annotations
+
+import errno
+import select
+import socket
+import time
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from .._core import ffi, lib
+from ..errors import BadField, ChannelError, PeerClosed, PeerTimeout, StreamError, TooLarge, UnexpectedFrame
+from ..memory.region import GuestMemory
+from ..state.frame import (
+    HEADER,
+    MAX_PAYLOAD_BYTES,
+    FrameHeader,
+    FrameKind,
+    check_payload,
+    decode_header,
+    encode_frame,
+)
+from ..state.section import Value, pack
+from .abort import Abort
+
+DRAIN_MS = 500.0
+"""How long a side that failed goes on reading what is on its way, so that its last word is not lost to a reset."""
+_KIB = 1 << 10
+MAX_BYTES: Mapping[int, int] = {
+    FrameKind.HELLO: 4 * _KIB,
+    FrameKind.CONFIG: 1024 * _KIB,
+    FrameKind.ACCEPT: 4 * _KIB,
+    FrameKind.ROUND: 4 * _KIB,
+    FrameKind.SECTION: 2048 * _KIB,
+    FrameKind.END: 4 * _KIB,
+    FrameKind.READY: 2048 * _KIB,
+    FrameKind.COMMIT: 4 * _KIB,
+    FrameKind.RUNNING: 4 * _KIB,
+    FrameKind.FAILED: 16 * _KIB,
+    FrameKind.QUERY: 4 * _KIB,
+    FrameKind.ANSWER: 16 * _KIB,
+    FrameKind.DONE: 4 * _KIB,
+}
+"""The most that the payload of each kind may hold; checked before any of it is read."""
+
+
+def kind_name(kind: int) -> str:
+    """``PAGES`` for 3; ``kind 99`` for a number that no kind has."""
+    try:
+        return FrameKind(kind).name
+    except ValueError:
+        return f"kind {kind}"
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """A received frame. The payload of a PAGES frame is not in it: it is still on the connection."""
+
+    kind: int
+    payload: bytes = b""
+
+    @property
+    def name(self) -> str:
+        return kind_name(self.kind)
+
+
+class Channel:
+    """Frames over a connected socket. ``timeout_ms`` bounds the wait for each control frame as a whole, and for pages
+    how long the peer may let pass without a byte. Not thread-safe.
+
+    Errors: :class:`PeerClosed`, :class:`PeerTimeout`, :class:`ChannelError` of the connection, :class:`StreamError` of
+    what came over it, and whatever reason ``abort`` was fired with.
+    """
+
+    def __init__(self, sock: socket.socket, abort: Abort, timeout_ms: float, peer: str) -> None:
+        _tune(sock, timeout_ms)
+        self._sock = sock
+        self.abort = abort
+        self.timeout_ms = timeout_ms
+        self.peer = peer
+        self.broken = False
+        """A send failed, maybe inside a frame: nothing more can be said to the peer."""
+        self._sent: Any = ffi.new("uint32_t *")
+        self._incoming: Any = ffi.new("struct kmig_incoming *")
+
+    @property
+    def fd(self) -> int:
+        return self._sock.fileno()
+
+    @property
+    def sequence(self) -> Any:
+        """The ``uint32_t *`` with the number of the next frame out, for C functions that send frames themselves."""
+        return self._sent
+
+    @property
+    def incoming(self) -> Any:
+        """The ``struct kmig_incoming *``: counters of what :meth:`recv_pages` received."""
+        return self._incoming
+
+    def send(self, kind: FrameKind, value: Value) -> None:
+        """One control frame."""
+        self.send_payloads([(kind, pack(value))])
+
+    def send_payloads(self, frames: Iterable[tuple[FrameKind, bytes]]) -> None:
+        """Several control frames in one piece."""
+        data = bytearray()
+        for kind, payload in frames:
+            data += encode_frame(kind, payload, self._sent[0])
+            self._sent[0] += 1
+        self.send_raw(data)
+
+    def send_raw(self, data: bytes | bytearray) -> None:
+        """Bytes of frames that the caller made."""
+        view = ffi.from_buffer(data)
+        self.check(lib.kmig_stream_send(self.fd, view, len(data), self.abort.fd, int(self.timeout_ms)))
+
+    def check(self, rc: int) -> int:
+        """Turn the result of a C function on this connection into a count or an exception."""
+        if rc >= 0:
+            return rc
+        self.broken = True
+        if rc == -errno.ECANCELED:
+            self.abort.check()
+        raise _channel_error(rc, self.peer, self.timeout_ms)
+
+    def recv(self, timeout_ms: float | None = None) -> Frame:
+        """The next control frame; optional frames of an unknown kind are skipped. A PAGES frame is returned with its
+        payload unread, for the caller to refuse."""
+        deadline = self._deadline(timeout_ms)
+        while True:
+            header = decode_header(self._recv_exact(HEADER.size, deadline))
+            self._count(header)
+            frame = self._recv_body(header, deadline)
+            if frame is not None:
+                return frame
+
+    def recv_pages(self, memory: GuestMemory) -> Frame:
+        """Write pages into ``memory`` until a frame of another kind comes, and return that; a compressed PAGES frame
+        comes back with its table checked (in :attr:`incoming`) and its data unread."""
+        incoming = self._incoming
+        incoming.abort_fd = self.abort.fd
+        incoming.timeout_ms = int(self.timeout_ms)
+        while True:
+            self._check_incoming(lib.kmig_stream_recv_pages(memory.handle, incoming, self.fd))
+            if incoming.kind == FrameKind.PAGES:
+                return Frame(FrameKind.PAGES)
+            number = incoming.sequence - 1
+            header = FrameHeader(incoming.kind, incoming.flags, incoming.length, incoming.checksum, number)
+            frame = self._recv_body(header, self._deadline(None))
+            if frame is not None:
+                return frame
+
+    def recv_bytes(self, size_bytes: int) -> bytes:
+        """Raw bytes inside a frame whose size the caller has checked."""
+        return self._recv_exact(size_bytes, self._deadline(None))
+
+    def pending(self) -> bool:
+        """Whether the peer has said something, or hung up."""
+        return bool(_poll([(self.fd, select.POLLIN)], 0.0))
+
+    def close(self) -> None:
+        """Close at once. Idempotent."""
+        with suppress(OSError):
+            self._sock.close()
+
+    def close_with(self, kind: FrameKind, value: Value) -> None:
+        """Say a last word if the connection still carries one, let it arrive, and close. Never raises."""
+        with suppress(OSError, ChannelError, StreamError):
+            if not self.broken and self.fd >= 0:
+                data = encode_frame(kind, pack(value), self._sent[0])
+                lib.kmig_stream_send(self.fd, data, len(data), -1, int(DRAIN_MS))
+                self._drain()
+        self.close()
+
+    def _deadline(self, timeout_ms: float | None) -> float:
+        return time.monotonic() + (self.timeout_ms if timeout_ms is None else timeout_ms) / 1e3
+
+    def _drain(self) -> None:
+        # Closing a TCP socket with bytes unread sends a reset, and a reset may overtake and destroy the last word.
+        self._sock.shutdown(socket.SHUT_WR)
+        deadline = time.monotonic() + DRAIN_MS / 1e3
+        scratch = bytearray(1 << 18)
+        while (left_ms := (deadline - time.monotonic()) * 1e3) > 0:
+            if not _poll([(self.fd, select.POLLIN)], left_ms) or not self._sock.recv_into(scratch):
+                return
+
+    def _count(self, header: FrameHeader) -> None:
+        due = self._incoming.sequence
+        if header.sequence != due:
+            raise BadField(f"frame {header.sequence} came where frame {due} was due: the stream lost or repeats frames")
+        self._incoming.sequence = due + 1
+
+    def _recv_body(self, header: FrameHeader, deadline: float) -> Frame | None:
+        """The payload of a control frame, None for an optional one that is skipped."""
+        known = header.kind in MAX_BYTES
+        if header.kind == FrameKind.PAGES or (not known and header.mandatory):
+            return Frame(header.kind)
+        limit = MAX_BYTES.get(header.kind, MAX_PAYLOAD_BYTES)
+        if header.length > limit:
+            raise TooLarge(f"a {kind_name(header.kind)} frame of {header.length} bytes is over its limit of {limit}")
+        payload = self._recv_exact(header.length, deadline)
+        check_payload(header, payload)
+        return Frame(header.kind, payload) if known else None
+
+    def _check_incoming(self, rc: int) -> None:
+        if rc in (-errno.EBADMSG, -errno.EPROTO, -errno.EINVAL):
+            what = {
+                errno.EBADMSG: "a frame header or a page table is damaged",
+                errno.EPROTO: "a frame has a wrong magic, number or length",
+                errno.EINVAL: "a page table names pages that cannot be",
+            }[-rc]
+            raise StreamError(f"{what} (near frame {self._incoming.sequence} of the stream from {self.peer})")
+        self.check(rc)
+
+    def _recv_exact(self, size_bytes: int, deadline: float) -> bytes:
+        data = bytearray(size_bytes)
+        view, got = memoryview(data), 0
+        while got < size_bytes:
+            self.abort.check()
+            try:
+                nr_bytes = self._sock.recv_into(view[got:], 0, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                self._wait_readable(deadline)
+                continue
+            except OSError as error:
+                raise _channel_error(-(error.errno or errno.EIO), self.peer, self.timeout_ms) from error
+            if not nr_bytes:
+                raise _channel_error(-errno.ECONNRESET, self.peer, self.timeout_ms)
+            got += nr_bytes
+        return bytes(data)
+
+    def _wait_readable(self, deadline: float) -> None:
+        left_ms = (deadline - time.monotonic()) * 1e3
+        if not _poll([(self.fd, select.POLLIN), (self.abort.fd, select.POLLIN)], left_ms):
+            raise _channel_error(-errno.ETIMEDOUT, self.peer, self.timeout_ms)
+
+
+def unexpected(frame: Frame, state: str) -> UnexpectedFrame:
+    """The error for a frame that may not come in ``state``."""
+    return UnexpectedFrame(f"a {frame.name} frame may not come while {state}")
+
+
+def _poll(watched: list[tuple[int, int]], timeout_ms: float) -> set[int]:
+    poll = select.poll()
+    for fd, events in watched:
+        poll.register(fd, events)
+    return {fd for fd, _ in poll.poll(max(timeout_ms, 0.0))}
+
+
+def _channel_error(rc: int, peer: str, timeout_ms: float) -> ChannelError:
+    if rc == -errno.ETIMEDOUT:
+        return PeerTimeout(f"{peer} did not answer for {timeout_ms / 1e3:g} s: is it stopped, or the network down?")
+    if rc in (-errno.ECONNRESET, -errno.EPIPE):
+        return PeerClosed(f"{peer} closed the connection: look at its own output for the reason")
+    return ChannelError(f"the connection to {peer} failed: {errno.errorcode.get(-rc, str(-rc))}")
+
+
+def _tune(sock: socket.socket, timeout_ms: float) -> None:
+    """Send small frames at once, and notice a dead peer even while nothing is sent."""
+    sock.setblocking(False)
+    if sock.family not in (socket.AF_INET, socket.AF_INET6):
+        return
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 5)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 2)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, max(int(timeout_ms), 1))
