@@ -16,10 +16,11 @@ Payloads in ``state``, all msgpack maps::
     MEMORY_INDEX  the others: slot (int, position in slots), first_chunk (int), hashes (bytes, 8 a chunk, little endian)
     END           nr_frames (int): the frames before this one
 
-A chunk is 64 pages of a slot, the last one of a slot may be shorter. Its hash is XXH3-64 over the hashes of its pages,
-8 bytes each, little endian; the hash of a page is XXH3-64 of its 4096 bytes, 0 for a page of zeros, and 1 where XXH3-64
-itself gives 0. A chunk whose pages are all zero has the hash 0: so the hashes also say where the data lies, and there
-is no second list that could disagree with them. Every chunk of every slot has its hash, in order and once.
+A chunk is 64 pages of a slot; the last one of a slot may have fewer. Its hash is XXH3-64 over 64 page hashes of 8 bytes
+each, little endian, those of the pages that it lacks taken for 0. The hash of a page is XXH3-64 of its 4096 bytes, 0
+for a page of zeros, and 1 where XXH3-64 itself gives 0. A chunk whose pages are all zero has the hash 0: so the hashes
+also say where the data lies, and there is no second list that could disagree with them. Every chunk of every slot has
+its hash, in order and once.
 
 Rules for readers: the frame's header, HELLO and its ``format`` can be read for ever. A greater ``format`` is refused;
 an unknown frame is refused when it is mandatory, else skipped. END is the last byte of the file.
@@ -49,6 +50,8 @@ MAX_SLOTS = 32
 MAX_EXTENTS = 16384
 """Mappings that a restore may take; the kernel allows a process 65530 (vm.max_map_count)."""
 _MAX_FRAMES = 1 << 32
+_MAX_CREATED_MS = 253_402_300_799_999
+"""The end of the year 9999, the last that a calendar here can show."""
 _COMPRESSIONS = {RAW_FILE: "none", FRAMES_FILE: "zstd"}
 
 assert sys.byteorder == "little", "the chunk hashes are handled as native words, and KVM on x86 is little endian"
@@ -72,7 +75,7 @@ class Hello:
         version = fields.integer("format", 1, 0xFFFF)
         if version > FORMAT:
             raise BadVersion(f"the snapshot has format {version}, this kvmigrate reads up to {FORMAT}: update it")
-        hello = cls(version, fields.text("kvmigrate", 64), fields.integer("created_ms", 0, 2**53))
+        hello = cls(version, fields.text("kvmigrate", 64), fields.integer("created_ms", 0, _MAX_CREATED_MS))
         fields.done()
         return hello
 

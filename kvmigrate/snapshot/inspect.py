@@ -2,15 +2,89 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 
-from ..state.section import Value
+from ..config import PAGE_BYTES
+from ..state.section import Section, Value
+from .format import extents
+from .load import opened
+from .statefile import SavedState, read_state
+
+_VCPU = re.compile(r"vcpu\d+")
 
 
 def inspect(directory: Path, msr_name: Callable[[int], str] = hex) -> dict[str, Value]:
     """Registers, MSRs, devices and memory ranges of the snapshot ``directory``, under the kernel's field names.
 
-    Reads ``state`` alone, no memory. ``msr_name`` names an MSR by its index. Raises :class:`SnapshotError`.
+    Every value can be written as JSON: bytes are hexadecimal text. Reads ``state`` alone, no memory. ``msr_name`` names
+    an MSR by its index. Raises :class:`SnapshotError`.
     """
-    raise NotImplementedError
+    with opened(directory) as directory_fd:
+        saved = read_state(directory_fd, directory)
+    shown = {part.name: _show_section(part, msr_name) for part in saved.sections}
+    return {
+        "directory": str(directory),
+        "format": saved.hello.format,
+        "kvmigrate": saved.hello.kvmigrate,
+        "created": datetime.fromtimestamp(saved.hello.created_ms / 1e3, UTC).isoformat(timespec="milliseconds"),
+        "description": _plain(dict(saved.description)),
+        "vcpus": {name: body for name, body in shown.items() if _VCPU.fullmatch(name)},
+        "devices": {name: body for name, body in shown.items() if not _VCPU.fullmatch(name)},
+        "memory": _memory(saved),
+    }
+
+
+def _memory(saved: SavedState) -> dict[str, Value]:
+    """The memory file, and for each slot the ranges that hold data: guest physical address, size, place in the file."""
+    index = saved.index
+    slots = []
+    before = 0
+    for slot, hashes in zip(index.slots, saved.hashes.of_slot, strict=True):
+        ranges = [
+            {
+                "gpa": (slot.base_gfn + first) * PAGE_BYTES,
+                "size_bytes": nr_pages * PAGE_BYTES,
+                "file_offset": (before + first) * PAGE_BYTES if index.compression == "none" else None,
+            }
+            for first, nr_pages in extents(hashes, slot.nr_pages)
+        ]
+        gpa, size_bytes = slot.base_gfn * PAGE_BYTES, slot.nr_pages * PAGE_BYTES
+        slots.append({"id": slot.id, "gpa": gpa, "size_bytes": size_bytes, "ranges": ranges})
+        before += slot.nr_pages
+    return {
+        "file": index.file,
+        "compression": index.compression,
+        "file_bytes": index.size_bytes,
+        "guest_bytes": index.nr_pages * PAGE_BYTES,
+        "data_bytes": index.nr_hashed * PAGE_BYTES,
+        "digest": f"{index.digest:016x}",
+        "slots": slots,
+    }
+
+
+def _show_section(part: Section, msr_name: Callable[[int], str]) -> dict[str, Value]:
+    body = dict(part.body)
+    if isinstance(body.get("msrs"), list):
+        body["msrs"] = _named(body["msrs"], msr_name)
+    return {"version": part.version, "body": _plain(body)}
+
+
+def _named(msrs: list[Value], msr_name: Callable[[int], str]) -> Value:
+    """MSRs that are saved as ``[[index, data], …]`` as a map by name; anything else as it is."""
+    if any(not isinstance(row, list) or [type(item) for item in row] != [int, int] for row in msrs):
+        return msrs
+    return {msr_name(index): data for index, data in msrs}
+
+
+def _plain(value: Value) -> Value:
+    """``value`` with what JSON does not know written out."""
+    if isinstance(value, bytes):
+        return value.hex()
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return value

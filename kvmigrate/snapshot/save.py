@@ -1,17 +1,41 @@
-"""Take a snapshot while the guest runs: pre-copy to a file, and a pause for the last round alone."""
+"""Take a snapshot while the guest runs: pre-copy to a file, and a pause for the last round alone.
+
+::
+
+    staging directory ─ logging on ─ rounds while the guest runs ─┐
+      ┌───────────────────────────────────────────────────────────┘
+      └ pause ─ save state ─ last sync, last round ─ RESUME ─ chunk hashes ─ logging off ─ fsync ─ rename ─ fsync
+
+With ``paused`` the guest stands still from before the first page until the snapshot is durable.
+"""
 
 from __future__ import annotations
 
+import os
+import select
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from .._core import ffi, lib
 from ..config import SnapshotParameters
-from ..contract import Migratable
-from ..precopy.converge import Decision
-from ..precopy.ledger import RoundRecord
+from ..contract import Migratable, RunState
+from ..errors import Cancelled, HostError, NotConverged, StateError, check
+from ..memory.region import GuestMemory
+from ..precopy.converge import Decision, Limits
+from ..precopy.ledger import RoundRecord, Totals
 from ..precopy.progress import Progress
-from ..state.section import Value
+from ..precopy.rounds import PreCopy
+from ..state.section import Section, Value
+from .format import STATE_FILE, ChunkHashes, IndexSlot, MemoryIndex
+from .sink import MemorySink, open_sink, write_all
+from .staging import Staging, cannot_write
+from .statefile import encode_state
+
+_SAVABLE = (RunState.RUNNING, RunState.PAUSED, RunState.PRELAUNCH)
 
 
 class Observer(Protocol):
@@ -22,7 +46,8 @@ class Observer(Protocol):
         ...
 
     def round_ended(self, record: RoundRecord, decision: Decision | None) -> None:
-        """A round is over, and what was decided after it (None after the last, which ran in the pause)."""
+        """A round is over, and what was decided after it. The last one, which runs in the pause, comes with None
+        once the guest runs again."""
         ...
 
 
@@ -33,18 +58,31 @@ class SnapshotResult:
     directory: Path
     rounds: tuple[RoundRecord, ...]
     pause_ms: float
-    """From before the first vCPU was stopped until all were let go again; 0 when the guest was paused anyway."""
+    """From before the first vCPU was stopped until all were let go again; 0 when the guest did not run anyway."""
     total_ms: float
     """Until the snapshot was durable under its name."""
     state_bytes: int
-    memory_bytes: int
-    """Written to the memory file, pages written twice counted twice."""
     why: str
     """Why the guest was stopped for the last round just then."""
 
+    @property
+    def totals(self) -> Totals:
+        """The sums over all rounds; a page that was written twice counts twice."""
+        return Totals.of(self.rounds)
+
     def to_value(self) -> dict[str, Value]:
-        """For JSON: directory, rounds, pause-time, total-time, bytes, pages, zero, why."""
-        raise NotImplementedError
+        """For JSON; times in milliseconds, ``bytes`` of both files, ``pages`` and ``zero`` in pages."""
+        totals = self.totals
+        return {
+            "directory": str(self.directory),
+            "rounds": [record.to_value() for record in self.rounds],
+            "pause-time": round(self.pause_ms, 3),
+            "total-time": round(self.total_ms, 3),
+            "bytes": totals.bytes_sent + self.state_bytes,
+            "pages": totals.normal,
+            "zero": totals.zero,
+            "why": self.why,
+        }
 
 
 def take(
@@ -62,4 +100,152 @@ def take(
     Raises :class:`SnapshotError` (the directory exists or cannot be written), :class:`NotConverged`,
     :class:`Cancelled`, :class:`StateError`, :class:`HostError`. Nothing is left of the directory then.
     """
-    raise NotImplementedError
+    if machine.runstate not in _SAVABLE:
+        raise StateError(machine.runstate, "running or paused")
+    begin = time.monotonic()
+    with Staging(directory) as staging:
+        sink = open_sink(staging, machine.memory, parameters.compression)
+        job = _Job(machine, staging, sink, parameters, observer, abort_fd)
+        with _explained(staging, sink):
+            state_bytes = job.run_paused() if parameters.paused else job.run_live()
+    return SnapshotResult(
+        directory=directory,
+        rounds=tuple(job.precopy.records),
+        pause_ms=job.pause_ms,
+        total_ms=(time.monotonic() - begin) * 1e3,
+        state_bytes=state_bytes,
+        why=job.why,
+    )
+
+
+@contextmanager
+def _explained(staging: Staging, sink: MemorySink) -> Iterator[None]:
+    """Turn what went wrong with a file into an error that says which, and what to do about it."""
+    try:
+        yield
+    except OSError as error:
+        raise cannot_write(staging.target, error) from error
+    except HostError as error:
+        if error.what != str(staging.path(sink.name)):
+            raise
+        raise cannot_write(staging.path(sink.name), error) from error
+    except NotConverged as error:
+        raise NotConverged(f"{error}; or stop the guest for all of it with --paused") from error
+
+
+class _Job:
+    """One snapshot being taken. ``pause_ms`` and ``why`` are what the result tells of it."""
+
+    def __init__(
+        self,
+        machine: Migratable,
+        staging: Staging,
+        sink: MemorySink,
+        parameters: SnapshotParameters,
+        observer: Observer | None,
+        abort_fd: int,
+    ) -> None:
+        self._machine = machine
+        self._staging = staging
+        self._sink = sink
+        self._observer = observer
+        self._abort_fd = abort_fd
+        self._before = machine.runstate
+        self.precopy = PreCopy(
+            machine.memory,
+            machine.dirty_log,
+            sink,
+            Limits(parameters.downtime_limit_ms, parameters.max_rounds),
+            abort_fd=abort_fd,
+            observe=self._round_ended,
+        )
+        self.pause_ms = 0.0
+        self.why = "the guest stood still for all of it"
+
+    def run_live(self) -> int:
+        """Copy while the guest runs, stop it for the last round only; returns the size of ``state`` in bytes."""
+        self._tell_start()
+        try:
+            self.why = self.precopy.run().why
+            with self._stopped():
+                sections = self._machine.save()
+                # Saving may write guest memory, so the last sync comes after it.
+                self.precopy.last_round()
+            self._tell_end()
+            # Only copying a page changes its hash, so what the guest writes from here on is not in them.
+            index, hashes = self._index()
+        finally:
+            self.precopy.stop()
+        return self._finish(sections, index, hashes)
+
+    def run_paused(self) -> int:
+        """Stop the guest until the snapshot is durable; returns the size of ``state`` in bytes."""
+        self._tell_start()
+        with self._stopped():
+            # As above: the pages last.
+            sections = self._machine.save()
+            self.precopy.copy_paused()
+            self._tell_end()
+            return self._finish(sections, *self._index())
+
+    @contextmanager
+    def _stopped(self) -> Iterator[None]:
+        """The guest stands still inside, and goes on afterwards as it did before, whatever happened."""
+        begin = time.monotonic()
+        try:
+            self._machine.pause(RunState.SAVE_VM)
+            if self._machine.runstate is not RunState.SAVE_VM:
+                raise StateError(self._machine.runstate, "running or paused")
+            yield
+        finally:
+            # A guest that ended by itself meanwhile has another state by now, and keeps it.
+            if self._machine.runstate is RunState.SAVE_VM:
+                if self._before is RunState.RUNNING:
+                    self._machine.resume()
+                    self.pause_ms = (time.monotonic() - begin) * 1e3
+                else:
+                    self._machine.pause(self._before)
+
+    def _index(self) -> tuple[MemoryIndex, ChunkHashes]:
+        """What the page hashes in memory say of the file."""
+        memory: GuestMemory = self._machine.memory
+        slots = tuple(IndexSlot(slot.id, slot.base_gfn, slot.nr_pages) for slot in memory.slots)
+        hashes = ChunkHashes(slots)
+        for position, slot in enumerate(slots):
+            words = ffi.new("uint64_t[]", slot.nr_chunks)
+            check(lib.kmig_file_chunk_hashes(memory.handle, position, words), "kmig_file_chunk_hashes")
+            hashes.of_slot[position].frombytes(ffi.buffer(words))
+        size_bytes = os.fstat(self._staging.fd(self._sink.name)).st_size
+        index = MemoryIndex(
+            self._sink.name, size_bytes, self._sink.nr_frames, memory.handle.digest, memory.handle.nr_hashed, slots
+        )
+        return index, hashes
+
+    def _finish(self, sections: Sequence[Section], index: MemoryIndex, hashes: ChunkHashes) -> int:
+        """Write ``state`` and publish; returns its size in bytes."""
+        description = dict(self._machine.describe())
+        description["autostart"] = self._before is RunState.RUNNING
+        fd = self._staging.create(STATE_FILE)
+        written = write_all(fd, list(encode_state(description, sections, index, hashes)))
+        self._give_up_if_cancelled()
+        self._staging.publish()
+        return written
+
+    def _give_up_if_cancelled(self) -> None:
+        poller = select.poll()
+        if self._abort_fd >= 0:
+            poller.register(self._abort_fd, select.POLLIN)
+        if poller.poll(0):
+            raise Cancelled("cancelled before the snapshot was complete; the guest runs on")
+
+    def _tell_start(self) -> None:
+        if self._observer is not None:
+            self._observer.started(self.precopy.progress)
+
+    def _round_ended(self, record: RoundRecord, decision: Decision) -> None:
+        if self._observer is not None:
+            self._observer.round_ended(record, decision)
+
+    def _tell_end(self) -> None:
+        if self._observer is not None:
+            self._observer.round_ended(self.precopy.records[-1], None)

@@ -13,7 +13,7 @@ import secrets
 from pathlib import Path
 from types import TracebackType
 
-from ..errors import SnapshotError
+from ..errors import HostError, SnapshotError
 from .format import FILES
 
 _MENDS = {
@@ -29,10 +29,11 @@ _MENDS = {
 }
 
 
-def cannot_write(path: Path | str, error_number: int) -> SnapshotError:
+def cannot_write(path: Path, error: OSError | HostError) -> SnapshotError:
     """The error for a ``path`` that could not be written, with what to do about it."""
-    mend = _MENDS.get(error_number, "choose another place")
-    return SnapshotError(f"cannot write {path}: {os.strerror(error_number)}: {mend}; the guest runs on")
+    number = error.errno or errno.EIO
+    mend = _MENDS.get(number, "choose another place")
+    return SnapshotError(f"cannot write {path}: {os.strerror(number)}: {mend}; the guest runs on")
 
 
 def _taken(target: Path) -> SnapshotError:
@@ -53,14 +54,14 @@ class Staging:
         try:
             self._parent_fd = os.open(self.target.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError as error:
-            raise cannot_write(self.target, error.errno or errno.EIO) from error
+            raise cannot_write(self.target, error) from error
         try:
             _remove_stale(self._parent_fd, self.target.name)
             os.mkdir(self._name, 0o700, dir_fd=self._parent_fd)
             self._fd = _open_locked(self._parent_fd, self._name)
         except OSError as error:
             os.close(self._parent_fd)
-            raise cannot_write(self.target, error.errno or errno.EIO) from error
+            raise cannot_write(self.target, error) from error
 
     def __enter__(self) -> Staging:
         return self
@@ -83,7 +84,11 @@ class Staging:
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
             self._files[name] = os.open(name, flags, 0o600, dir_fd=self._fd)
         except OSError as error:
-            raise cannot_write(self.path(name), error.errno or errno.EIO) from error
+            raise cannot_write(self.path(name), error) from error
+        return self._files[name]
+
+    def fd(self, name: str) -> int:
+        """The descriptor of a file that :meth:`create` made."""
         return self._files[name]
 
     def publish(self) -> None:
@@ -104,7 +109,7 @@ class Staging:
             os.fsync(self._parent_fd)
         except OSError as error:
             self._take_back()
-            raise cannot_write(self.target, error.errno or errno.EIO) from error
+            raise cannot_write(self.target, error) from error
         self._published = True
 
     def _rename(self, old: str, new: str) -> None:
@@ -123,7 +128,7 @@ class Staging:
         try:
             os.fsync(fd)
         except OSError as error:
-            raise cannot_write(path, error.errno or errno.EIO) from error
+            raise cannot_write(path, error) from error
 
 
 def _open_locked(parent_fd: int, name: str) -> int:
