@@ -1,0 +1,90 @@
+"""The ioctls whose argument is a header and a list behind it: CPUID entries, MSRs and MSR indices."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+
+from .._core import ffi, lib
+from ..errors import check
+from ..state.section import Value
+from .structs import layout
+
+MAX_CPUID_ENTRIES = 256
+_MAX_INDICES = 4096
+_MAX_MSRS_PER_CALL = 256
+"""The kernel's own limit is MAX_IO_MSRS (arch/x86/kvm/x86.c), which is the same."""
+
+_CPUID_HEADER = ffi.sizeof("struct kvm_cpuid2")
+_MSRS_HEADER = ffi.sizeof("struct kvm_msrs")
+
+
+def read_indices(fd: int, request: int, what: str) -> list[int]:
+    """The MSR indices that ``request`` (KVM_GET_MSR_INDEX_LIST and the like) returns."""
+    header = ffi.sizeof("struct kvm_msr_list")
+    buffer = ffi.new("char[]", header + 4 * _MAX_INDICES)
+    found = ffi.cast("struct kvm_msr_list *", buffer)
+    found.nmsrs = _MAX_INDICES
+    check(lib.kmig_ioctl(fd, request, buffer), what)
+    return list(struct.unpack_from(f"<{found.nmsrs}I", ffi.buffer(buffer), header))
+
+
+def read_cpuid(fd: int, request: int, what: str) -> list[dict[str, Value]]:
+    """The CPUID entries that ``request`` returns: function, index, flags, eax, ebx, ecx, edx."""
+    entry = layout("cpuid_entry2")
+    buffer = ffi.new("char[]", _CPUID_HEADER + entry.size_bytes * MAX_CPUID_ENTRIES)
+    found = ffi.cast("struct kvm_cpuid2 *", buffer)
+    found.nent = MAX_CPUID_ENTRIES
+    check(lib.kmig_ioctl(fd, request, buffer), what)
+    data = ffi.buffer(buffer)
+    return [entry.unpack(data, _CPUID_HEADER + n * entry.size_bytes) for n in range(found.nent)]
+
+
+def write_cpuid(fd: int, packed: Sequence[bytes]) -> None:
+    """KVM_SET_CPUID2 with entries that were packed by their layout."""
+    data = b"".join(packed)
+    buffer = ffi.new("char[]", _CPUID_HEADER + len(data))
+    ffi.cast("struct kvm_cpuid2 *", buffer).nent = len(packed)
+    ffi.memmove(buffer + _CPUID_HEADER, data, len(data))
+    check(lib.kmig_ioctl(fd, lib.KVM_SET_CPUID2, buffer), "KVM_SET_CPUID2")
+
+
+def _msrs_call(fd: int, request: int, pairs: Sequence[tuple[int, int]]) -> tuple[int, ffi.CData]:
+    flat = layout("msr_entry").flat
+    buffer = ffi.new("char[]", _MSRS_HEADER + flat.size * len(pairs))
+    ffi.cast("struct kvm_msrs *", buffer).nmsrs = len(pairs)
+    view = ffi.buffer(buffer)
+    for n, (index, value) in enumerate(pairs):
+        flat.pack_into(view, _MSRS_HEADER + n * flat.size, index, value)
+    return lib.kmig_ioctl(fd, request, buffer), view
+
+
+def read_msrs(fd: int, indices: Iterable[int]) -> dict[int, int]:
+    """The MSRs of ``indices`` that can be read, in that order. KVM_GET_MSRS stops at the first that cannot, and returns
+    how many it read: that one is left out and the rest is read by the next call."""
+    found: dict[int, int] = {}
+    left = list(indices)
+    flat = layout("msr_entry").flat
+    while left:
+        chunk = left[:_MAX_MSRS_PER_CALL]
+        count, view = _msrs_call(fd, lib.KVM_GET_MSRS, [(index, 0) for index in chunk])
+        check(count, "KVM_GET_MSRS")
+        found.update(flat.iter_unpack(view[_MSRS_HEADER : _MSRS_HEADER + count * flat.size]))
+        left = left[count:] if count == len(chunk) else left[count + 1 :]
+    return found
+
+
+def write_msrs(fd: int, values: Mapping[int, int]) -> list[int]:
+    """Write MSRs in the order of ``values``; returns the indices that the kernel refused. KVM_SET_MSRS stops at the
+    first that it cannot write and returns how many it wrote, which is no error to ioctl: the rest is written by the
+    next call, so that one refusal is never a silent loss of all that follow."""
+    refused: list[int] = []
+    left = list(values.items())
+    while left:
+        chunk = left[:_MAX_MSRS_PER_CALL]
+        count, _ = _msrs_call(fd, lib.KVM_SET_MSRS, chunk)
+        check(count, "KVM_SET_MSRS")
+        if count < len(chunk):
+            refused.append(chunk[count][0])
+        left = left[count:] if count == len(chunk) else left[count + 1 :]
+    return refused

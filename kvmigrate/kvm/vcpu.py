@@ -1,0 +1,303 @@
+"""The file descriptor of one vCPU, its shared run area, and the group that is paused and resumed together."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from .._core import ffi, lib
+from ..errors import check
+from ..state.section import Value
+from .breakpoints import debug_registers
+from .lists import read_cpuid, read_msrs, write_cpuid, write_msrs
+from .structs import layout
+
+RUN_EXIT: int = lib.KMIG_RUN_EXIT
+RUN_QUIT: int = lib.KMIG_RUN_QUIT
+RUN_DEBUG: int = lib.KMIG_RUN_DEBUG
+
+_REQUESTS = {
+    "regs": (lib.KVM_GET_REGS, lib.KVM_SET_REGS),
+    "sregs": (lib.KVM_GET_SREGS, lib.KVM_SET_SREGS),
+    "sregs2": (lib.KVM_GET_SREGS2, lib.KVM_SET_SREGS2),
+    "fpu": (lib.KVM_GET_FPU, lib.KVM_SET_FPU),
+    "xcrs": (lib.KVM_GET_XCRS, lib.KVM_SET_XCRS),
+    "debugregs": (lib.KVM_GET_DEBUGREGS, lib.KVM_SET_DEBUGREGS),
+    "lapic_state": (lib.KVM_GET_LAPIC, lib.KVM_SET_LAPIC),
+    "mp_state": (lib.KVM_GET_MP_STATE, lib.KVM_SET_MP_STATE),
+    "vcpu_events": (lib.KVM_GET_VCPU_EVENTS, lib.KVM_SET_VCPU_EVENTS),
+}
+
+
+class VcpuGroup:
+    """All vCPUs of one VM: what is paused and resumed together. Starts paused."""
+
+    def __init__(self) -> None:
+        ret = ffi.new("struct kmig_vcpus **")
+        check(lib.kmig_vcpus_create(ret), "a vCPU group")
+        self.handle: Any = ret[0]
+
+    def pause(self, timeout_ms: int = 5000) -> None:
+        """Make every vCPU complete its half-done I/O and park, and wait until all have. Idempotent.
+
+        Raises :class:`HostError` with ETIMEDOUT after ``timeout_ms``, and with EDEADLK when a vCPU's own thread calls;
+        the pause stays requested then."""
+        check(lib.kmig_vcpus_pause(self.handle, timeout_ms), "pausing the vCPUs")
+
+    def request_pause(self) -> None:
+        """The same without waiting, for a vCPU's own thread."""
+        lib.kmig_vcpus_request_pause(self.handle)
+
+    def resume(self) -> None:
+        """Let parked vCPUs run."""
+        lib.kmig_vcpus_resume(self.handle)
+
+    def quit(self) -> None:
+        """Make every :meth:`Vcpu.run` return RUN_QUIT, now and for ever."""
+        lib.kmig_vcpus_quit(self.handle)
+
+    def close(self) -> None:
+        """Free the group. No thread may be in one of its vCPUs any more. Idempotent."""
+        if self.handle != ffi.NULL:
+            lib.kmig_vcpus_destroy(self.handle)
+            self.handle = ffi.NULL
+
+
+class Vcpu:
+    """One vCPU. ``run_area`` is its struct kvm_run; getters and setters speak dicts under the kernel's field names.
+
+    Every getter and setter is one ioctl and raises :class:`HostError` when the kernel refuses, a setter
+    :class:`BadField` when the value does not fit the struct. They are for a vCPU that is parked or has never run.
+    """
+
+    def __init__(
+        self, group: VcpuGroup, fd: int, vcpu_id: int, run_bytes: int, kick: int, xsave_bytes: int
+    ) -> None:
+        ret = ffi.new("struct kmig_vcpu **")
+        check(lib.kmig_vcpu_create(group.handle, fd, run_bytes, kick, ret), f"mapping vCPU {vcpu_id}")
+        self.fd = fd
+        self.id = vcpu_id
+        self.handle: Any = ret[0]
+        self.run_area: Any = lib.kmig_vcpu_run_area(self.handle)
+        self.run_bytes = run_bytes
+        self.xsave_bytes = xsave_bytes
+        self._buffers: dict[str, Any] = {}
+
+    def close(self) -> None:
+        """Unmap the run area and close the file descriptor; before the group is closed. Idempotent."""
+        if self.fd >= 0:
+            lib.kmig_vcpu_destroy(self.handle)
+            os.close(self.fd)
+            self.fd = -1
+
+    def run(self) -> int:
+        """The body of the vCPU's thread, see csrc/api/vcpu.h: RUN_EXIT, RUN_QUIT or RUN_DEBUG. The calling thread
+        becomes the vCPU's and takes no signals any more. Raises :class:`HostError` when KVM_RUN fails."""
+        return check(lib.kmig_vcpu_run(self.handle), "KVM_RUN")
+
+    def leave(self) -> None:
+        """The vCPU's thread will not call :meth:`run` again: a pause no longer waits for it."""
+        lib.kmig_vcpu_leave(self.handle)
+
+    @property
+    def nr_entries(self) -> int:
+        """How often KVM_RUN was entered: 0 proves that this vCPU has never run."""
+        return int(lib.kmig_vcpu_nr_entries(self.handle))
+
+    def get_packed(self, name: str) -> bytes:
+        """The bytes of ``struct kvm_<name>`` as the kernel has it now."""
+        buffer = self._buffers.get(name)
+        if buffer is None:
+            buffer = self._buffers[name] = ffi.new(f"struct kvm_{name} *")
+        check(lib.kmig_ioctl(self.fd, _REQUESTS[name][0], buffer), f"KVM_GET of {name}")
+        return bytes(ffi.buffer(buffer))
+
+    def set_packed(self, name: str, packed: bytes) -> None:
+        """Set ``struct kvm_<name>`` from bytes that its layout made."""
+        check(lib.kmig_ioctl(self.fd, _REQUESTS[name][1], ffi.from_buffer(packed)), f"KVM_SET of {name}")
+
+    def _get(self, name: str) -> dict[str, Value]:
+        return layout(name).unpack(self.get_packed(name))
+
+    def _set(self, name: str, value: Value) -> None:
+        self.set_packed(name, layout(name).pack(value, f"vcpu{self.id}.{name}"))
+
+    def get_regs(self) -> dict[str, Value]:
+        """General registers, ``rip`` and ``rflags``."""
+        return self._get("regs")
+
+    def set_regs(self, value: Value) -> None:
+        """Set the general registers. Clears a pending exception (so before set_vcpu_events)."""
+        self._set("regs", value)
+
+    def get_sregs(self) -> dict[str, Value]:
+        """Segments, tables, control registers, EFER, the APIC base and the pending interrupt."""
+        return self._get("sregs")
+
+    def set_sregs(self, value: Value) -> None:
+        self._set("sregs", value)
+
+    def get_sregs2(self) -> dict[str, Value]:
+        """As get_sregs, with the PDPTRs instead of the pending interrupt (KVM_CAP_SREGS2)."""
+        return self._get("sregs2")
+
+    def set_sregs2(self, value: Value) -> None:
+        self._set("sregs2", value)
+
+    def get_fpu(self) -> dict[str, Value]:
+        """The x87 and SSE registers; a part of the XSAVE area."""
+        return self._get("fpu")
+
+    def set_fpu(self, value: Value) -> None:
+        self._set("fpu", value)
+
+    def get_xcrs(self) -> dict[str, Value]:
+        """The extended control registers: ``nr_xcrs`` of them in ``xcrs``."""
+        return self._get("xcrs")
+
+    def set_xcrs(self, value: Value) -> None:
+        self._set("xcrs", value)
+
+    def get_debugregs(self) -> dict[str, Value]:
+        """The guest's own debug registers."""
+        return self._get("debugregs")
+
+    def set_debugregs(self, value: Value) -> None:
+        self._set("debugregs", value)
+
+    def get_lapic(self) -> dict[str, Value]:
+        """The local APIC's register page as ``regs``, 1024 bytes; needs an in-kernel irqchip."""
+        return self._get("lapic_state")
+
+    def set_lapic(self, value: Value) -> None:
+        self._set("lapic_state", value)
+
+    def get_mp_state(self) -> dict[str, Value]:
+        """Whether the vCPU runs, halts or waits for INIT or SIPI. May itself take a pending INIT or SIPI."""
+        return self._get("mp_state")
+
+    def set_mp_state(self, value: Value) -> None:
+        self._set("mp_state", value)
+
+    def get_vcpu_events(self) -> dict[str, Value]:
+        """Exceptions, interrupts, NMIs and SMIs that are pending or injected, and the interrupt shadow."""
+        return self._get("vcpu_events")
+
+    def set_vcpu_events(self, value: Value) -> None:
+        self._set("vcpu_events", value)
+
+    def get_xsave(self) -> bytes:
+        """The XSAVE area, ``xsave_bytes`` long."""
+        buffer = self._buffers.get("xsave")
+        if buffer is None:
+            buffer = self._buffers["xsave"] = ffi.new("char[]", self.xsave_bytes)
+        request = lib.KVM_GET_XSAVE2 if self.xsave_bytes > ffi.sizeof("struct kvm_xsave") else lib.KVM_GET_XSAVE
+        check(lib.kmig_ioctl(self.fd, request, buffer), "KVM_GET_XSAVE")
+        return bytes(ffi.buffer(buffer))
+
+    def set_xsave(self, data: bytes) -> None:
+        """Set the XSAVE area; ``data`` is padded with zeros to the size of this host's. Raises :class:`ValueError` when
+        it is longer."""
+        if len(data) > self.xsave_bytes:
+            raise ValueError(f"an XSAVE area of {len(data)} bytes, this host's has {self.xsave_bytes}")
+        whole = ffi.from_buffer(data.ljust(self.xsave_bytes, b"\0"))
+        check(lib.kmig_ioctl(self.fd, lib.KVM_SET_XSAVE, whole), "KVM_SET_XSAVE")
+
+    def get_msrs(self, indices: Iterable[int]) -> dict[int, int]:
+        """Those MSRs of ``indices`` that can be read."""
+        return read_msrs(self.fd, indices)
+
+    def set_msrs(self, values: Mapping[int, int]) -> list[int]:
+        """Write MSRs in that order; returns those that the kernel refused."""
+        return write_msrs(self.fd, values)
+
+    def get_cpuid2(self) -> list[dict[str, Value]]:
+        """The CPUID entries that the guest sees."""
+        return read_cpuid(self.fd, lib.KVM_GET_CPUID2, "KVM_GET_CPUID2")
+
+    def set_cpuid2(self, entries: Sequence[Value]) -> None:
+        """Set what CPUID tells the guest; only before the vCPU first runs (the kernel refuses later changes)."""
+        entry = layout("cpuid_entry2")
+        write_cpuid(self.fd, [entry.pack(e, f"vcpu{self.id}.cpuid[{n}]") for n, e in enumerate(entries)])
+
+    def get_tsc_khz(self) -> int:
+        """How fast the guest's time stamp counter counts."""
+        return check(lib.kmig_ioctl_value(self.fd, lib.KVM_GET_TSC_KHZ, 0), "KVM_GET_TSC_KHZ")
+
+    def set_tsc_khz(self, khz: int) -> None:
+        check(lib.kmig_ioctl_value(self.fd, lib.KVM_SET_TSC_KHZ, khz), "KVM_SET_TSC_KHZ")
+
+    def _tsc_offset(self, request: int, value: int) -> tuple[int, int]:
+        box = ffi.new("__u64 *", value)
+        attr = ffi.new("struct kvm_device_attr *")
+        attr.group, attr.attr = lib.KVM_VCPU_TSC_CTRL, lib.KVM_VCPU_TSC_OFFSET
+        attr.addr = int(ffi.cast("uintptr_t", box))
+        return lib.kmig_ioctl(self.fd, request, attr), int(box[0])
+
+    def has_tsc_offset(self) -> bool:
+        """Whether the kernel has the attribute KVM_VCPU_TSC_OFFSET (Linux 5.16)."""
+        return self._tsc_offset(lib.KVM_HAS_DEVICE_ATTR, 0)[0] == 0
+
+    def get_tsc_offset(self) -> int:
+        """Guest TSC minus host TSC, modulo 2**64."""
+        rc, value = self._tsc_offset(lib.KVM_GET_DEVICE_ATTR, 0)
+        check(rc, "KVM_GET_DEVICE_ATTR of the TSC offset")
+        return value
+
+    def set_tsc_offset(self, offset: int) -> None:
+        check(self._tsc_offset(lib.KVM_SET_DEVICE_ATTR, offset)[0], "KVM_SET_DEVICE_ATTR of the TSC offset")
+
+    def get_nested_state(self, size_bytes: int) -> bytes:
+        """The state of nested virtualisation; ``size_bytes`` is what KVM_CAP_NESTED_STATE says."""
+        buffer = ffi.new("char[]", size_bytes)
+        state = ffi.cast("struct kvm_nested_state *", buffer)
+        state.size = size_bytes
+        check(lib.kmig_ioctl(self.fd, lib.KVM_GET_NESTED_STATE, buffer), "KVM_GET_NESTED_STATE")
+        return bytes(ffi.buffer(buffer, min(size_bytes, state.size)))
+
+    def set_nested_state(self, data: bytes) -> None:
+        check(lib.kmig_ioctl(self.fd, lib.KVM_SET_NESTED_STATE, ffi.from_buffer(data)), "KVM_SET_NESTED_STATE")
+
+    def interrupt(self, vector: int) -> None:
+        """Inject an external interrupt; only without an in-kernel irqchip, when the run area says that it is ready."""
+        check(
+            lib.kmig_ioctl(self.fd, lib.KVM_INTERRUPT, ffi.new("struct kvm_interrupt *", {"irq": vector})),
+            "KVM_INTERRUPT",
+        )
+
+    def nmi(self) -> None:
+        """Queue a non-maskable interrupt."""
+        check(lib.kmig_ioctl_value(self.fd, lib.KVM_NMI, 0), "KVM_NMI")
+
+    def kvmclock_ctrl(self) -> bool:
+        """Tell the guest that it was paused, so that its soft-lockup watchdog keeps quiet; just before it runs again.
+        False when the guest has no kvmclock (EINVAL)."""
+        rc = lib.kmig_ioctl_value(self.fd, lib.KVM_KVMCLOCK_CTRL, 0)
+        if rc == -errno.EINVAL:
+            return False
+        check(rc, "KVM_KVMCLOCK_CTRL")
+        return True
+
+    def translate(self, linear_address: int) -> dict[str, Value]:
+        """Where the guest's page tables lead: ``physical_address``, ``valid``, ``writeable``, ``usermode``."""
+        found = ffi.new("struct kvm_translation *", {"linear_address": linear_address})
+        check(lib.kmig_ioctl(self.fd, lib.KVM_TRANSLATE, found), "KVM_TRANSLATE")
+        return layout("translation").unpack(ffi.buffer(found))
+
+    def set_guest_debug(
+        self, *, single_step: bool = False, breakpoints: Sequence[tuple[int, str, int]] = ()
+    ) -> None:
+        """Make the vCPU come back with RUN_DEBUG after every instruction, and at up to four hardware breakpoints.
+
+        A breakpoint is (linear address, kind, length in bytes): kind ``x`` stops before the instruction there
+        (length 1), ``w`` after a write, ``rw`` after a read or write; length 1, 2, 4 or 8, and the address a multiple of
+        it. Without arguments debugging ends. Raises :class:`ConfigError`."""
+        debug = ffi.new("struct kvm_guest_debug *")
+        if single_step:
+            debug.control |= lib.KVM_GUESTDBG_ENABLE | lib.KVM_GUESTDBG_SINGLESTEP
+        if breakpoints:
+            debug.control |= lib.KVM_GUESTDBG_ENABLE | lib.KVM_GUESTDBG_USE_HW_BP
+            debug.arch.debugreg = debug_registers(breakpoints)
+        check(lib.kmig_ioctl(self.fd, lib.KVM_SET_GUEST_DEBUG, debug), "KVM_SET_GUEST_DEBUG")

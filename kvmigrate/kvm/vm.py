@@ -1,0 +1,147 @@
+"""The file descriptor of one VM: interrupt chips, timers, clock, vCPUs."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from .._core import ffi, lib
+from ..errors import HostError, check
+from ..state.section import Value
+from .structs import layout
+from .vcpu import Vcpu, VcpuGroup
+
+PIC_MASTER: int = lib.KVM_IRQCHIP_PIC_MASTER
+PIC_SLAVE: int = lib.KVM_IRQCHIP_PIC_SLAVE
+IOAPIC: int = lib.KVM_IRQCHIP_IOAPIC
+_CHIP_LAYOUT = {PIC_MASTER: "pic_state", PIC_SLAVE: "pic_state", IOAPIC: "ioapic_state"}
+
+TSS_ADDR = 0xFFFBD000
+"""Three pages for KVM_SET_TSS_ADDR, under the firmware's place, where no RAM of ours lies (KVM api.rst)."""
+IDENTITY_MAP_ADDR = 0xFFFBC000
+"""One page for KVM_SET_IDENTITY_MAP_ADDR, right below."""
+
+
+class Vm:
+    """One VM. Every method is one ioctl and raises :class:`HostError` when the kernel refuses it."""
+
+    def __init__(self, fd: int, vcpu_mmap_bytes: int, msr_indices: list[int]) -> None:
+        self.fd = fd
+        self.vcpus: list[Vcpu] = []
+        self.group = VcpuGroup()
+        self.msr_indices = msr_indices
+        self._vcpu_mmap_bytes = vcpu_mmap_bytes
+
+    def close(self) -> None:
+        """Close the vCPUs and the VM; no thread may be in one of them any more. Idempotent."""
+        for vcpu in self.vcpus:
+            vcpu.close()
+        self.group.close()
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    def __enter__(self) -> Vm:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def check_extension(self, number: int) -> int:
+        """KVM_CHECK_EXTENSION on the VM, whose answer may differ from the system's; ``number`` is a KVM_CAP_…"""
+        return check(lib.kmig_ioctl_value(self.fd, lib.KVM_CHECK_EXTENSION, number), "KVM_CHECK_EXTENSION")
+
+    def enable_cap(self, number: int, *args: int) -> None:
+        """KVM_ENABLE_CAP on the VM with up to four arguments."""
+        cap = ffi.new("struct kvm_enable_cap *", {"cap": number, "args": list(args)})
+        check(lib.kmig_ioctl(self.fd, lib.KVM_ENABLE_CAP, cap), f"KVM_ENABLE_CAP {number}")
+
+    def set_tss_addr(self, gpa: int = TSS_ADDR) -> None:
+        """Where KVM keeps its three pages for real mode on Intel CPUs."""
+        check(lib.kmig_ioctl_value(self.fd, lib.KVM_SET_TSS_ADDR, gpa), "KVM_SET_TSS_ADDR")
+
+    def set_identity_map_addr(self, gpa: int = IDENTITY_MAP_ADDR) -> None:
+        """Where KVM keeps its page of identity-mapped page table; before the first vCPU is created."""
+        check(
+            lib.kmig_ioctl(self.fd, lib.KVM_SET_IDENTITY_MAP_ADDR, ffi.new("__u64 *", gpa)),
+            "KVM_SET_IDENTITY_MAP_ADDR",
+        )
+
+    def create_irqchip(self) -> None:
+        """The in-kernel PICs and IOAPIC, and a local APIC in every vCPU created from now on."""
+        check(lib.kmig_ioctl_value(self.fd, lib.KVM_CREATE_IRQCHIP, 0), "KVM_CREATE_IRQCHIP")
+
+    def create_pit(self) -> None:
+        """The in-kernel timer, with port 0x61 answered by the kernel too."""
+        config = ffi.new("struct kvm_pit_config *", {"flags": lib.KVM_PIT_SPEAKER_DUMMY})
+        check(lib.kmig_ioctl(self.fd, lib.KVM_CREATE_PIT2, config), "KVM_CREATE_PIT2")
+
+    def irq_line(self, gsi: int, level: int | bool) -> None:
+        """Set the level of an interrupt line of the in-kernel chips."""
+        line = ffi.new("struct kvm_irq_level *")
+        line.irq = gsi
+        line.level = int(level)
+        check(lib.kmig_ioctl(self.fd, lib.KVM_IRQ_LINE, line), "KVM_IRQ_LINE")
+
+    def signal_msi(self, address: int, data: int) -> bool:
+        """Deliver a message-signalled interrupt; False when the guest masks it."""
+        msi = ffi.new("struct kvm_msi *")
+        msi.address_lo, msi.address_hi, msi.data = address & 0xFFFFFFFF, address >> 32, data
+        return check(lib.kmig_ioctl(self.fd, lib.KVM_SIGNAL_MSI, msi), "KVM_SIGNAL_MSI") > 0
+
+    def create_vcpu(self, vcpu_id: int, *, kick: int | None = None) -> Vcpu:
+        """A new vCPU in this VM's group. ``kick`` is a KMIG_KICK_…; by default what the kernel can do."""
+        fd = check(lib.kmig_ioctl_value(self.fd, lib.KVM_CREATE_VCPU, vcpu_id), "KVM_CREATE_VCPU")
+        if kick is None:
+            can = self.check_extension(lib.KVM_CAP_IMMEDIATE_EXIT)
+            kick = lib.KMIG_KICK_IMMEDIATE_EXIT if can else lib.KMIG_KICK_SIGNAL_MASK
+        try:
+            vcpu = Vcpu(self.group, fd, vcpu_id, self._vcpu_mmap_bytes, kick, self.xsave_bytes)
+        except HostError:
+            os.close(fd)
+            raise
+        self.vcpus.append(vcpu)
+        return vcpu
+
+    @property
+    def xsave_bytes(self) -> int:
+        """Size of a vCPU's XSAVE area. Asked of the VM, since it depends on what the VM's process may use (api.rst)."""
+        return self.check_extension(lib.KVM_CAP_XSAVE2) or ffi.sizeof("struct kvm_xsave")
+
+    def get_clock(self) -> dict[str, Value]:
+        """kvmclock as KVM_GET_CLOCK gives it: ``clock`` in ns, ``flags``, ``realtime`` in ns, ``host_tsc``."""
+        return layout("clock_data").unpack(self._get(lib.KVM_GET_CLOCK, "clock_data"))
+
+    def set_clock(self, value: Value) -> None:
+        """KVM_SET_CLOCK; with KVM_CLOCK_REALTIME in ``flags`` the time since ``realtime`` is added."""
+        self._set(lib.KVM_SET_CLOCK, "clock_data", value, "clock")
+
+    def get_pit2(self) -> dict[str, Value]:
+        """The three channels and flags of the in-kernel timer."""
+        return layout("pit_state2").unpack(self._get(lib.KVM_GET_PIT2, "pit_state2"))
+
+    def set_pit2(self, value: Value) -> None:
+        """Set what :meth:`get_pit2` gives; the channels start to count again from their initial count."""
+        self._set(lib.KVM_SET_PIT2, "pit_state2", value, "pit2")
+
+    def get_irqchip(self, chip_id: int) -> dict[str, Value]:
+        """One of the in-kernel chips: PIC_MASTER, PIC_SLAVE or IOAPIC."""
+        chip = ffi.new("struct kvm_irqchip *", {"chip_id": chip_id})
+        check(lib.kmig_ioctl(self.fd, lib.KVM_GET_IRQCHIP, chip), f"KVM_GET_IRQCHIP {chip_id}")
+        return layout(_CHIP_LAYOUT[chip_id]).unpack(ffi.buffer(ffi.addressof(chip.chip)))
+
+    def set_irqchip(self, chip_id: int, value: Value) -> None:
+        """Set one of the in-kernel chips."""
+        packed = layout(_CHIP_LAYOUT[chip_id]).pack(value, f"irqchip{chip_id}")
+        chip = ffi.new("struct kvm_irqchip *", {"chip_id": chip_id})
+        ffi.memmove(ffi.addressof(chip.chip), packed, len(packed))
+        check(lib.kmig_ioctl(self.fd, lib.KVM_SET_IRQCHIP, chip), f"KVM_SET_IRQCHIP {chip_id}")
+
+    def _get(self, request: int, name: str) -> Any:
+        found = ffi.new(f"struct kvm_{name} *")
+        check(lib.kmig_ioctl(self.fd, request, found), f"KVM_GET of {name}")
+        return ffi.buffer(found)
+
+    def _set(self, request: int, name: str, value: Value, where: str) -> None:
+        packed = ffi.from_buffer(layout(name).pack(value, where))
+        check(lib.kmig_ioctl(self.fd, request, packed), f"KVM_SET of {name}")
