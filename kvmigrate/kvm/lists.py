@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from .._core import ffi, lib
 from ..errors import check
@@ -49,7 +50,7 @@ def write_cpuid(fd: int, packed: Sequence[bytes]) -> None:
     check(lib.kmig_ioctl(fd, lib.KVM_SET_CPUID2, buffer), "KVM_SET_CPUID2")
 
 
-def _msrs_call(fd: int, request: int, pairs: Sequence[tuple[int, int]]) -> tuple[int, ffi.CData]:
+def _msrs_call(fd: int, request: int, pairs: Sequence[tuple[int, int]]) -> tuple[int, Any]:
     flat = layout("msr_entry").flat
     buffer = ffi.new("char[]", _MSRS_HEADER + flat.size * len(pairs))
     ffi.cast("struct kvm_msrs *", buffer).nmsrs = len(pairs)

@@ -100,9 +100,7 @@ class System:
         if not self.check_extension("MCE"):
             return 0
         found = ffi.new("__u64 *")
-        check(
-            lib.kmig_ioctl(self.fd, lib.KVM_X86_GET_MCE_CAP_SUPPORTED, found), "KVM_X86_GET_MCE_CAP_SUPPORTED"
-        )
+        check(lib.kmig_ioctl(self.fd, lib.KVM_X86_GET_MCE_CAP_SUPPORTED, found), "KVM_X86_GET_MCE_CAP_SUPPORTED")
         return int(found[0])
 
     def create_vm(self) -> Vm:

@@ -72,9 +72,7 @@ class Vcpu:
     :class:`BadField` when the value does not fit the struct. They are for a vCPU that is parked or has never run.
     """
 
-    def __init__(
-        self, group: VcpuGroup, fd: int, vcpu_id: int, run_bytes: int, kick: int, xsave_bytes: int
-    ) -> None:
+    def __init__(self, group: VcpuGroup, fd: int, vcpu_id: int, run_bytes: int, kick: int, xsave_bytes: int) -> None:
         ret = ffi.new("struct kmig_vcpu **")
         check(lib.kmig_vcpu_create(group.handle, fd, run_bytes, kick, ret), f"mapping vCPU {vcpu_id}")
         self.fd = fd
@@ -286,14 +284,12 @@ class Vcpu:
         check(lib.kmig_ioctl(self.fd, lib.KVM_TRANSLATE, found), "KVM_TRANSLATE")
         return layout("translation").unpack(ffi.buffer(found))
 
-    def set_guest_debug(
-        self, *, single_step: bool = False, breakpoints: Sequence[tuple[int, str, int]] = ()
-    ) -> None:
+    def set_guest_debug(self, *, single_step: bool = False, breakpoints: Sequence[tuple[int, str, int]] = ()) -> None:
         """Make the vCPU come back with RUN_DEBUG after every instruction, and at up to four hardware breakpoints.
 
         A breakpoint is (linear address, kind, length in bytes): kind ``x`` stops before the instruction there
-        (length 1), ``w`` after a write, ``rw`` after a read or write; length 1, 2, 4 or 8, and the address a multiple of
-        it. Without arguments debugging ends. Raises :class:`ConfigError`."""
+        (length 1), ``w`` after a write, ``rw`` after a read or write; length 1, 2, 4 or 8, and the address a multiple
+        of it. Without arguments debugging ends. Raises :class:`ConfigError`."""
         debug = ffi.new("struct kvm_guest_debug *")
         if single_step:
             debug.control |= lib.KVM_GUESTDBG_ENABLE | lib.KVM_GUESTDBG_SINGLESTEP
