@@ -1,36 +1,21 @@
-// The two things that look at every byte of a page.
+// Hashes for every x86-64, and the choice of the page hash at run time.
 #define XXH_INLINE_ALL
 #include <xxhash.h>
 
 #include "hash.h"
 
-__attribute__((target_clones("avx2", "default")))
-static uint64_t or_block(const uint64_t *words)
-{
-    uint64_t sum = 0;
-    for (int i = 0; i < 32; i++)
-        sum |= words[i];
-    return sum;
-}
-
-// Most pages that are not zero show it in their first bytes: look there before entering the wide loop.
-bool kmig_page_is_zero(const uint8_t *page)
-{
-    const uint64_t *words = (const uint64_t *)page;
-    if (words[0] | words[511])
-        return false;
-    for (int i = 0; i < 512; i += 32)
-        if (or_block(words + i))
-            return false;
-    return true;
-}
+#define NAME page_hash_sse2
+static uint64_t NAME(const uint8_t *page);
+#include "hash_page.h"
 
 uint64_t kmig_page_hash(const uint8_t *page)
 {
-    if (kmig_page_is_zero(page))
-        return 0;
-    uint64_t hash = XXH3_64bits(page, KMIG_PAGE_BYTES);
-    return hash ? hash : 1;
+    return __builtin_cpu_supports("avx2") ? kmig_page_hash_avx2(page) : page_hash_sse2(page);
+}
+
+bool kmig_page_is_zero(const uint8_t *page)
+{
+    return page_is_zero(page);
 }
 
 uint64_t kmig_hash(const void *data, size_t size_bytes)

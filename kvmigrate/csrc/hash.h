@@ -8,6 +8,7 @@ bool kmig_page_is_zero(const uint8_t *page);
 
 // XXH3-64 of a page; 0 for a zero page and for no other: a hash that happens to be 0 counts as 1.
 uint64_t kmig_page_hash(const uint8_t *page);
+uint64_t kmig_page_hash_avx2(const uint8_t *page);
 
 // What a page that hashes to hash adds to the digest: nothing when it is zero, so that a page that was never touched
 // needs no visit. The gfn goes in so that two pages that changed places are noticed.
