@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from ..config import BootConfig
 from ..errors import ConfigError
+from ..memory.region import GuestMemory
 from .detect import detect
 from .entry import EntryState
 from .flat import load_flat
 from .image import Image, read_image
+from .linux import load_linux
 from .multiboot import load_multiboot
-from .plan import LoadPlan, Writable
+from .plan import LoadPlan
+from .pvh import load_pvh
 
 MAX_CMDLINE_BYTES = 16 << 10
+LOADERS = {"linux": load_linux, "multiboot": load_multiboot, "pvh": load_pvh}
 
 __all__ = ["EntryState", "load_boot"]
 
 
-def load_boot(memory: Writable, boot: BootConfig, memory_bytes: int) -> EntryState:
+def load_boot(memory: GuestMemory, boot: BootConfig, memory_bytes: int) -> EntryState:
     """Load ``boot`` into guest ``memory`` of ``memory_bytes``, all zero so far, and say how the first vCPU starts.
 
     All is checked before the first byte is written. Raises :class:`ConfigError`, naming the file.
@@ -32,8 +36,8 @@ def load_boot(memory: Writable, boot: BootConfig, memory_bytes: int) -> EntrySta
 def _load(plan: LoadPlan, boot: BootConfig, initrd: Image | None) -> EntryState:
     method = detect(plan.image) if boot.method == "auto" else boot.method
     cmdline = _encode_cmdline(boot.cmdline)
-    if method == "multiboot":
-        return load_multiboot(plan, initrd, cmdline)
+    if method in LOADERS:
+        return LOADERS[method](plan, initrd, cmdline)
     if method == "flat":
         if initrd is not None or cmdline:
             raise plan.image.error("a flat image takes neither an initrd nor a command line")

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+from .elf import is_elf, parse_elf
 from .image import Image
-from .multiboot import find_header
+from .linux import is_linux
+from .multiboot import SEARCH_BYTES, find_header
+from .pvh import find_entry
 
 SECTOR_BYTES = 512
 SECTOR_SIGNATURE = b"\x55\xaa"
 
 
 def detect(image: Image) -> str:
-    """``multiboot`` or ``flat``. Raises :class:`ConfigError` that says what was looked for."""
+    """``linux``, ``pvh``, ``multiboot`` or ``flat``, whichever fits first.
+
+    A boot sector is flat only when it is nothing else, since a bzImage begins with one. Raises :class:`ConfigError`
+    that says what was looked for.
+    """
+    if is_linux(image):
+        return "linux"
+    if is_elf(image) and find_entry(parse_elf(image)) is not None:
+        return "pvh"
     if find_header(image) is not None:
         return "multiboot"
-    if len(image.data) >= SECTOR_BYTES and image.data[510:512] == SECTOR_SIGNATURE:
+    if image.data[SECTOR_BYTES - 2 : SECTOR_BYTES] == SECTOR_SIGNATURE:
         return "flat"
     raise image.error(
-        "no boot method fits: no multiboot header, no boot sector signature; say --boot flat@ADDR for a plain binary"
+        "no boot method fits: this is no bzImage (HdrS), no ELF file with a PVH note, has no multiboot header in its "
+        f"first {SEARCH_BYTES} bytes and no boot sector signature (55 aa); for a plain binary say --boot flat@ADDR"
     )

@@ -60,6 +60,7 @@ class Elf:
 
 
 def is_elf(image: Image) -> bool:
+    """Whether the file says that it is ELF."""
     return image.data.startswith(MAGIC)
 
 

@@ -67,8 +67,9 @@ def descriptor(state: SegmentState) -> int:
     )
 
 
-def gdt(code: SegmentState, data: SegmentState) -> bytes:
-    """A GDT with ``code`` at 0x10 and ``data`` at 0x18, where Linux's boot protocol wants them, and a TSS at 0x20."""
+def gdt(*, long: bool = False) -> bytes:
+    """A GDT with code (64-bit when ``long``) at 0x10 and data at 0x18, as Linux's protocol says, and a TSS at 0x20."""
+    code, data = segment(BOOT_CS, TYPE_CODE, long=long), segment(BOOT_DS, TYPE_DATA)
     return struct.pack("<7Q", 0, 0, descriptor(code), descriptor(data), descriptor(task_segment()), 0, 0)
 
 
@@ -79,7 +80,7 @@ def flat_sregs(code: SegmentState, gdt_gpa: int) -> dict[str, int | SegmentState
         "cs": code,
         **{name: dict(data) for name in ("ds", "es", "fs", "gs", "ss")},
         "tr": task_segment(),
-        "gdt": {"base": gdt_gpa, "limit": len(gdt(code, data)) - 1},
+        "gdt": {"base": gdt_gpa, "limit": len(gdt()) - 1},
         "idt": {"base": 0, "limit": 0},
         "cr0": CR0_PE | CR0_ET,
         "cr3": 0,
@@ -94,6 +95,13 @@ def protected_mode(gdt_gpa: int, entry_gpa: int, **regs: int) -> EntryState:
     return EntryState({"rip": entry_gpa, "rflags": RFLAGS_FIXED, **regs}, flat_sregs(code, gdt_gpa))
 
 
-def protected_mode_gdt() -> bytes:
-    """The GDT that goes with :func:`protected_mode`."""
-    return gdt(segment(BOOT_CS, TYPE_CODE), segment(BOOT_DS, TYPE_DATA))
+def long_mode(gdt_gpa: int, top_table_gpa: int, entry_gpa: int, **regs: int) -> EntryState:
+    """64-bit mode at ``entry_gpa`` under the page tables at ``top_table_gpa``, interrupts off, with ``regs``."""
+    code = segment(BOOT_CS, TYPE_CODE, long=True)
+    sregs = flat_sregs(code, gdt_gpa) | {
+        "cr0": CR0_PE | CR0_ET | CR0_PG,
+        "cr3": top_table_gpa,
+        "cr4": CR4_PAE,
+        "efer": EFER_LME | EFER_LMA,
+    }
+    return EntryState({"rip": entry_gpa, "rflags": RFLAGS_FIXED, **regs}, sregs)

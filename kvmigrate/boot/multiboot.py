@@ -12,7 +12,7 @@ import struct
 from dataclasses import dataclass
 
 from .elf import is_elf, parse_elf, place_elf
-from .entry import EntryState, protected_mode, protected_mode_gdt
+from .entry import EntryState, gdt, protected_mode
 from .image import Image
 from .plan import HIGH_RAM, LOW_RAM_END, LoadPlan, memory_map, ram_ranges
 
@@ -53,8 +53,8 @@ def load_multiboot(plan: LoadPlan, initrd: Image | None, cmdline: bytes) -> Entr
     _check_flags(plan.image, header)
     entry = _place_addresses(plan, header) if header.flags & FLAG_ADDRESSES else _place_elf(plan)
     info = _place_info(plan, initrd, cmdline)
-    gdt = plan.place_low(protected_mode_gdt(), "the GDT")
-    return protected_mode(gdt, entry, rax=LOADER_MAGIC, rbx=info)
+    table = plan.place_low(gdt(), "the GDT")
+    return protected_mode(table, entry, rax=LOADER_MAGIC, rbx=info)
 
 
 def _check_flags(image: Image, header: Header) -> None:

@@ -6,25 +6,18 @@ The memory map that guests are told is made here too, so that what is loaded and
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
+from ..config import PAGE_BYTES
+from ..memory.layout import HOLE_START, slots_for
+from ..memory.region import GuestMemory
 from .image import Image
 
-PAGE_BYTES = 4096
 LOW_RAM_END = 0x9FC00
 """The end of conventional memory: 639 KiB, the last KiB being the extended BIOS data area's."""
 HIGH_RAM = 0x100000
-HOLE = 0xC0000000
-AFTER_HOLE = 1 << 32
 LOWEST = 0x1000
 """Nothing of ours lies in the first page: it holds the real-mode vectors, and PVH takes address 0 for absent."""
 RAM, RESERVED = 1, 2
-
-
-class Writable(Protocol):
-    """Guest memory, as far as a loader needs it."""
-
-    def write(self, gpa: int, data: bytes) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +35,8 @@ class Piece:
 
 
 def ram_ranges(memory_bytes: int) -> list[tuple[int, int]]:
-    """[start, end) of all RAM: below the hole at 3 GiB, and the rest from 4 GiB (see ``memory.layout``)."""
-    ranges = [(0, min(memory_bytes, HOLE))]
-    if memory_bytes > HOLE:
-        ranges.append((AFTER_HOLE, AFTER_HOLE + memory_bytes - HOLE))
-    return ranges
+    """[start, end) of all RAM, lowest first; the second, if any, begins at 4 GiB."""
+    return [(gfn * PAGE_BYTES, (gfn + nr_pages) * PAGE_BYTES) for _, gfn, nr_pages in slots_for(memory_bytes)]
 
 
 def memory_map(memory_bytes: int) -> list[tuple[int, int, int]]:
@@ -109,7 +99,7 @@ class LoadPlan:
         ends = sorted([HIGH_RAM, *(piece.end for piece in self._pieces if piece.end > HIGH_RAM)])
         for end in ends:
             gpa = -(-end // PAGE_BYTES) * PAGE_BYTES
-            if gpa + len(data) <= HOLE and self._is_free(gpa, len(data)):
+            if gpa + len(data) <= HOLE_START and self._is_free(gpa, len(data)):
                 self.place(gpa, data, what)
                 return gpa
         raise self.image.error(f"{what} of {len(data):#x} bytes does not fit below 3 GiB: give the guest more memory")
@@ -118,8 +108,8 @@ class LoadPlan:
         in_ram = any(start <= gpa and gpa + size <= end for start, end in ram_ranges(self.memory_bytes))
         return in_ram and not any(gpa < piece.end and piece.gpa < gpa + size for piece in self._pieces)
 
-    def write(self, memory: Writable) -> None:
+    def write(self, memory: GuestMemory) -> None:
         """Write all pieces."""
         for piece in self._pieces:
             if len(piece.data):
-                memory.write(piece.gpa, bytes(piece.data))
+                memory.write(piece.gpa, piece.data)

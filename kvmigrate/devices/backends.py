@@ -77,6 +77,7 @@ class PollBackend(Backend):
                 os.eventfd_write(self._wake_fd, 1)
 
     def write(self, data: bytes) -> int:
+        """See :meth:`Backend.write`; an output that has failed takes everything and drops it."""
         if self._output_fd is None:
             return len(data)
         try:
@@ -87,6 +88,7 @@ class PollBackend(Backend):
             return self._output_failed(error, len(data))
 
     def close(self) -> None:
+        """See :meth:`Backend.close`. No write may be under way: the UART pauses first."""
         with self._wake_lock:
             if self._closed:
                 return

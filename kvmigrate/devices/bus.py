@@ -68,15 +68,18 @@ class PioBus:
     def __init__(self) -> None:
         self._ports: dict[int, tuple[Device, int]] = {}
 
-    def add(self, device: Device, port: int, count: int) -> None:
-        """Let ``device`` answer ``count`` ports from ``port``. Raises :class:`ConfigError` when one is taken."""
+    def add(self, device: Device, port: int, count: int, offset: int = 0) -> None:
+        """Let ``device`` answer ``count`` ports from ``port``, the first of which is its ``offset``.
+
+        Raises :class:`ConfigError` when a port is taken or does not exist.
+        """
         ports = range(port, port + count)
         if count < 1 or port < 0 or ports[-1] > 0xFFFF:
             raise ConfigError(f"{device.name}: ports {port:#x} to {port + count - 1:#x} do not exist")
         for taken in ports:
             if taken in self._ports:
                 raise ConfigError(f"{device.name}: port {taken:#x} belongs to {self._ports[taken][0].name} already")
-        self._ports.update(dict.fromkeys(ports, (device, port)))
+        self._ports.update(dict.fromkeys(ports, (device, port - offset)))
 
     def read(self, port: int, size: int) -> int:
         """``in``: ``size`` (1, 2 or 4) bytes from ``port``."""

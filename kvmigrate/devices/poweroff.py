@@ -44,6 +44,7 @@ class PowerOff(Device):
         return {"control": self._control}
 
     def load(self, body: Value) -> None:
+        """See :meth:`Device.load`."""
         fields = Fields(body, self.name)
         control = fields.integer("control", 0, 0xFFFF)
         fields.done()

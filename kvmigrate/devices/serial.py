@@ -258,6 +258,7 @@ class Serial(Device):
             self._paused = True
 
     def resume(self) -> None:
+        """See :meth:`Device.resume`; what waits in the transmit queue is sent from now on."""
         with self._changed:
             self._paused = False
             # The kernel's interrupt controllers are restored without knowing who drives their pins. Driving a line
@@ -273,6 +274,7 @@ class Serial(Device):
         self._backend.wake()
 
     def save(self) -> dict[str, Value]:
+        """All registers, both queues; IIR, LSR, MSR's lines and the interrupt's level follow from them."""
         with self._changed:
             return {
                 "divisor": self._divisor,
@@ -289,6 +291,7 @@ class Serial(Device):
             }
 
     def load(self, body: Value) -> None:
+        """See :meth:`Device.load`. The interrupt line is driven by :meth:`resume`, not here."""
         fields = Fields(body, self.name)
         divisor = fields.integer("divisor", 0, 0xFFFF)
         ier = fields.integer("ier", 0, 0x0F)
