@@ -1,0 +1,5 @@
+"""``python -m kvmigrate`` is the command ``kvmigrate``."""
+
+from .cli.app import main
+
+main()

@@ -1,0 +1,269 @@
+"""The ``kvmigrate`` command: its verbs and options, and the one place where an error becomes a line and a status.
+
+Every verb returns its exit status. Nothing but Typer and the option parsers may be imported here at the top.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..config import MigrationParameters
+from ..errors import KvmigrateError
+
+app = typer.Typer(
+    name="kvmigrate",
+    help="Run a guest on KVM, and migrate, snapshot and restore it while it runs.",
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    no_args_is_help=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+_DEFAULTS = MigrationParameters()
+
+
+def _complete_name() -> list[str]:
+    from ..control.runtime import running_names
+
+    return running_names()
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"kvmigrate {version('kvmigrate')}")
+        raise typer.Exit(0)
+
+
+Name = Annotated[str, typer.Argument(help="Name of a running VM.", metavar="NAME", autocompletion=_complete_name)]
+NewName = Annotated[str, typer.Option("--name", help="Name of the VM here; vm-PID if left out.")]
+Serial = Annotated[str, typer.Option(help="Where COM1 leads: stdio, pty, null, file:PATH or unix:PATH.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")]
+Paused = Annotated[bool, typer.Option("--paused", help="Do not let the guest run until kvmigrate resume.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Also show what became of every item of state.")]
+Compress = Annotated[str, typer.Option(help="none, zstd or zstd:LEVEL (-7 to 19).")]
+Directory = Annotated[Path, typer.Argument(help="Directory of a snapshot.", metavar="DIR")]
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    """Run a guest on KVM, and migrate, snapshot and restore it while it runs."""
+
+
+@app.command()
+def run(
+    image: Annotated[Path, typer.Argument(help="Flat binary, multiboot or PVH ELF, or bzImage.")],
+    name: NewName = "",
+    memory: Annotated[str, typer.Option(help="Size of guest RAM.")] = "1G",
+    cpus: Annotated[int, typer.Option(help="Number of vCPUs.")] = 1,
+    initrd: Annotated[Path | None, typer.Option(help="Initial RAM disk, or multiboot module.")] = None,
+    append: Annotated[str, typer.Option(help="Command line of the guest's kernel.")] = "",
+    boot: Annotated[str, typer.Option(help="auto, flat@ADDR, multiboot, pvh or linux.")] = "auto",
+    serial: Serial = "stdio",
+    paused: Paused = False,
+) -> int:
+    """Run IMAGE as a guest, in the foreground until it ends or has moved.
+
+    Exit status: 0 powered off, 2 error, 4 crashed, 6 moved away, 8 stopped, 10 asked for a reset, odd: debug-exit.
+    """
+    from . import machines
+
+    return machines.run(image, name, memory, cpus, initrd, append, boot, serial, paused)
+
+
+@app.command()
+def receive(
+    address: Annotated[str, typer.Argument(help="tcp://HOST:PORT or unix:///PATH to listen on.")],
+    name: NewName = "",
+    serial: Serial = "stdio",
+    paused: Paused = False,
+    verbose: Verbose = False,
+) -> int:
+    """Wait at ADDRESS for one guest, take it over and run it, in the foreground as with run."""
+    from . import machines
+
+    return machines.receive(address, name, serial, paused, verbose)
+
+
+@app.command()
+def send(
+    name: Name,
+    address: Annotated[str, typer.Argument(help="tcp://HOST:PORT or unix:///PATH where receive waits.")],
+    downtime_limit: Annotated[str, typer.Option(help="Longest time to stop the guest for.")] = "300ms",
+    bandwidth: Annotated[str, typer.Option(help="Most bytes per second, such as 1GiB/s; 0: no cap.")] = "0",
+    max_rounds: Annotated[int, typer.Option(help="Give up after so many rounds.")] = _DEFAULTS.max_rounds,
+    timeout: Annotated[str, typer.Option(help="How long the other side may be silent.")] = "10s",
+    compress: Compress = "none",
+    json: Json = False,
+    verbose: Verbose = False,
+) -> int:
+    """Move the running guest NAME to ADDRESS, where kvmigrate receive waits."""
+    from . import transfer
+
+    return transfer.send(
+        name, address, downtime_limit, bandwidth, max_rounds, timeout, compress, as_json=json, verbose=verbose
+    )
+
+
+@app.command()
+def snapshot(
+    name: Name,
+    directory: Annotated[Path, typer.Argument(help="Directory to make.", metavar="DIR")],
+    paused: Annotated[bool, typer.Option("--paused", help="Stop the guest for all of it.")] = False,
+    compress: Compress = "none",
+    json: Json = False,
+) -> int:
+    """Save the guest NAME in DIR while it runs on."""
+    from . import transfer
+
+    return transfer.snapshot(name, directory, compress, paused=paused, as_json=json)
+
+
+@app.command()
+def restore(
+    directory: Directory,
+    name: NewName = "",
+    serial: Serial = "stdio",
+    paused: Paused = False,
+    verbose: Verbose = False,
+) -> int:
+    """Run the guest that was saved in DIR, in the foreground as with run."""
+    from . import machines
+
+    return machines.restore(directory, name, serial, paused, verbose)
+
+
+@app.command("list")
+def list_(json: Json = False) -> int:
+    """List the running VMs."""
+    from . import query
+
+    return query.list_vms(as_json=json)
+
+
+@app.command("query")
+def query_(name: Name, json: Json = False, verbose: Verbose = False) -> int:
+    """Show the state of NAME, and its last migration or snapshot."""
+    from . import query
+
+    return query.query(name, as_json=json, verbose=verbose)
+
+
+@app.command()
+def pause(name: Name) -> int:
+    """Pause the guest NAME."""
+    from . import query
+
+    return query.command(name, "stop", "paused")
+
+
+@app.command()
+def resume(name: Name) -> int:
+    """Let the paused guest NAME run on."""
+    from . import query
+
+    return query.command(name, "cont", "running")
+
+
+@app.command()
+def cancel(name: Name) -> int:
+    """Cancel the migration or snapshot of NAME that is under way; the guest runs on."""
+    from . import query
+
+    return query.command(name, "x-kvmigrate-cancel", "cancelling")
+
+
+@app.command()
+def stop(name: Name) -> int:
+    """End the guest NAME and its process."""
+    from . import query
+
+    return query.stop(name)
+
+
+@app.command()
+def inspect(directory: Directory, json: Json = False) -> int:
+    """Show what the snapshot DIR holds: registers, MSRs, devices, memory ranges."""
+    from . import snapshots
+
+    return snapshots.inspect(directory, as_json=json)
+
+
+@app.command()
+def verify(directory: Directory, json: Json = False) -> int:
+    """Check all of the snapshot DIR; exit status 1 when something is wrong, with what and where."""
+    from . import snapshots
+
+    return snapshots.verify(directory, as_json=json)
+
+
+@app.command()
+def resolve(
+    name: Annotated[str, typer.Argument(help="Name of the VM in doubt.", metavar="NAME")],
+    run: Annotated[bool, typer.Option("--run", help="The guest runs nowhere else: run it here.")] = False,
+    discard: Annotated[bool, typer.Option("--discard", help="The guest runs elsewhere: discard it here.")] = False,
+) -> int:
+    """Settle who owns the guest NAME, after a migration whose outcome never became known here."""
+    from . import resolve as verb
+
+    return verb.resolve(name, run=run, discard=discard)
+
+
+@app.command()
+def doctor(json: Json = False) -> int:
+    """Say what this host can and cannot do, and how to mend it; exit status 1 when something needed is missing."""
+    from . import doctor as verb
+
+    return verb.doctor(as_json=json)
+
+
+@app.command()
+def demo(
+    memory: Annotated[str, typer.Option(help="Size of guest RAM.")] = "256M",
+    verbose: Verbose = False,
+) -> int:
+    """Move a busy guest from one process to another over TCP, here and now, and check that it never noticed."""
+    from . import demo as verb
+
+    return verb.demo(memory, verbose=verbose)
+
+
+def main() -> None:
+    """The console script: run a verb, and turn whatever it raises into one line and an exit status."""
+    sys.exit(run_command(sys.argv[1:]))
+
+
+def run_command(arguments: list[str]) -> int:
+    """The exit status of ``kvmigrate ARGUMENTS``. Errors are told in one line on standard error."""
+    try:
+        return app(arguments or ["--help"], prog_name="kvmigrate", standalone_mode=False) or 0
+    except KvmigrateError as error:
+        return _fail(error, str(error), 2)
+    except (KeyboardInterrupt, typer.Abort) as error:
+        return _fail(error, "interrupted", 130)
+    except BrokenPipeError:
+        # Nobody reads standard output any more; keep the interpreter from saying so at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 141
+    except Exception as error:
+        usage = getattr(error, "format_message", None)
+        if usage is not None:
+            return _fail(error, f"{usage()} (see kvmigrate --help)", 2)
+        return _fail(error, f"unexpected {type(error).__name__}: {error} (KVMIGRATE_TRACEBACK=1 shows where)", 2)
+
+
+def _fail(error: BaseException, text: str, status: int) -> int:
+    if os.environ.get("KVMIGRATE_TRACEBACK"):
+        import traceback
+
+        traceback.print_exception(error, file=sys.stderr)
+    print("kvmigrate: " + " ".join(text.split()), file=sys.stderr)
+    return status

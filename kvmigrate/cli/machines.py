@@ -1,0 +1,54 @@
+"""The verbs that become a VM process: run, receive and restore."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from ..config import BootConfig, MachineConfig, parse_boot, parse_size
+from .address import parse_address
+
+
+def default_name() -> str:
+    """What a VM is called that was given no name."""
+    return f"vm-{os.getpid()}"
+
+
+def run(
+    image: Path,
+    name: str,
+    memory: str,
+    cpus: int,
+    initrd: Path | None,
+    append: str,
+    boot: str,
+    serial: str,
+    paused: bool,
+) -> int:
+    """Boot ``image`` and stay with it. Returns the exit status."""
+    method, load_addr = parse_boot(boot)
+    config = MachineConfig(
+        name=name or default_name(),
+        memory_bytes=parse_size(memory),
+        nr_cpus=cpus,
+        serial=serial,
+        boot=BootConfig(image, method, load_addr, initrd, append),
+    )
+    from ..control import session
+
+    return session.run_machine(config, paused=paused)
+
+
+def receive(address: str, name: str, serial: str, paused: bool, verbose: bool) -> int:
+    """Wait for a guest and stay with it. Returns the exit status."""
+    listen_at = parse_address(address)
+    from ..control import session
+
+    return session.run_incoming(listen_at, name or default_name(), serial, paused=paused, verbose=verbose)
+
+
+def restore(directory: Path, name: str, serial: str, paused: bool, verbose: bool) -> int:
+    """Restore a snapshot and stay with the guest. Returns the exit status."""
+    from ..control import session
+
+    return session.run_restored(directory, name or default_name(), serial, paused=paused, verbose=verbose)

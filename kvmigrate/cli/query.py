@@ -1,0 +1,88 @@
+"""The verbs that ask a running VM something or tell it a single thing: list, query, pause, resume, cancel, stop."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from ..control import runtime
+from ..control.client import Client
+from ..errors import ControlError
+from . import report, show
+
+STOP_TIMEOUT_S = 20.0
+
+
+def list_vms(*, as_json: bool) -> int:
+    """Print name, run state, memory, vCPUs and pid of every running VM of this user."""
+    rows = [row for name in runtime.running_names() if (row := _describe(name)) is not None]
+    if as_json:
+        show.print_json({"vms": rows})
+    elif rows:
+        cells = [
+            [row["name"], row["status"], show.size(row["memory-bytes"]), str(row["vcpus"]), str(row["pid"])]
+            for row in rows
+        ]
+        show.table("", ["name", "state", "memory", "vCPUs", "pid"], cells, right=(2, 3, 4))
+    else:
+        print("no VM is running")
+    return 0
+
+
+def _describe(name: str) -> dict[str, Any] | None:
+    """A row of the list; None when the VM ended meanwhile."""
+    try:
+        with Client.of(name) as vm:
+            return {
+                "name": name,
+                "status": vm.execute("query-status")["status"],
+                "memory-bytes": vm.execute("query-memory-size-summary")["base-memory"],
+                "vcpus": len(vm.execute("query-cpus-fast")),
+                "pid": runtime.owner_pid(name),
+            }
+    except ControlError:
+        pid = runtime.owner_pid(name)
+        return {"name": name, "status": "no answer", "memory-bytes": 0, "vcpus": 0, "pid": pid} if pid else None
+
+
+def query(name: str, *, as_json: bool, verbose: bool) -> int:
+    """Print the run state of ``name`` and the figures of its last migration or snapshot."""
+    with Client.of(name) as vm:
+        facts = {
+            "name": name,
+            "status": vm.execute("query-status")["status"],
+            "uuid": vm.execute("query-uuid")["UUID"],
+            "memory-bytes": vm.execute("query-memory-size-summary")["base-memory"],
+            "vcpus": len(vm.execute("query-cpus-fast")),
+            "pid": runtime.owner_pid(name),
+        }
+        job = vm.execute("x-kvmigrate-job")
+    if as_json:
+        show.print_json({**facts, "job": job})
+        return 0
+    shown = {**facts, "memory-bytes": show.size(facts["memory-bytes"])}
+    show.table("", ["", ""], [[key.replace("-bytes", ""), str(value)] for key, value in shown.items()])
+    report.job(job, verbose=verbose)
+    return 0
+
+
+def command(name: str, qmp_command: str, done: str) -> int:
+    """Send one QMP command without arguments and say what ``name`` is now."""
+    with Client.of(name) as vm:
+        vm.execute(qmp_command)
+    print(f"{name}: {done}")
+    return 0
+
+
+def stop(name: str) -> int:
+    """End the guest ``name`` and wait until its process gave the name back."""
+    with Client.of(name) as vm:
+        vm.execute("quit")
+        vm.wait_closed(STOP_TIMEOUT_S)
+    deadline = time.monotonic() + STOP_TIMEOUT_S
+    while (pid := runtime.owner_pid(name)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    if pid:
+        raise ControlError(f"VM {name} did not end within {STOP_TIMEOUT_S:.0f} s: kill it with kill -9 {pid}")
+    print(f"{name}: stopped")
+    return 0

@@ -1,0 +1,86 @@
+"""The tables that a migration or a snapshot ends with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from . import show
+
+_PARTS = (
+    ("stop", "source", "every vCPU parked"),
+    ("state", "source", "saved and packed"),
+    ("last-pages", "source", "last sync and last round"),
+    ("send", "source", "frames on their way, both directions"),
+    ("load", "destination", "state set and read back"),
+    ("resume", "destination", "vCPUs let go"),
+)
+
+
+def job(value: Mapping[str, Any], *, verbose: bool) -> None:
+    """Print what is known of a migration or snapshot; nothing when there was none."""
+    if value["kind"] == "none":
+        return
+    result = value.get("result")
+    if not result:
+        print(f"{value['kind']} to {value['target']}: {value['status']}")
+        if "error" in value:
+            print(f"  {value['error']['desc']}")
+        return
+    rounds(result["rounds"])
+    if "downtime-parts" in result:
+        downtime(result["downtime-parts"])
+    if verbose and result.get("fidelity"):
+        fidelity(result["fidelity"])
+    print(summary(value))
+
+
+def rounds(records: Sequence[Mapping[str, Any]]) -> None:
+    """One line for each round, and their sum."""
+    rows = [[_round_name(record), *_round_cells(record)] for record in records]
+    if len(records) > 1:
+        keys = ("pages-dirty", "pages-zero", "pages-cleared", "pages-sent", "bytes", "time")
+        total: dict[str, Any] = {key: sum(record.get(key, 0) for record in records) for key in keys}
+        total["rate"] = total["bytes"] / (total["time"] / 1e3) if total["time"] else 0
+        rows.append(["total", *_round_cells(total)])
+    columns = ["round", "pages dirty", "zero", "sent", "bytes", "time", "rate"]
+    show.table("", columns, rows, right=range(1, 7))
+
+
+def _round_name(record: Mapping[str, Any]) -> str:
+    return f"{record['round']} (paused)" if record.get("last") else str(record["round"])
+
+
+def _round_cells(record: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{record['pages-dirty']:,}",
+        f"{record['pages-zero'] + record.get('pages-cleared', 0):,}",
+        f"{record['pages-sent']:,}",
+        show.size(record["bytes"]),
+        show.duration(record["time"]),
+        show.rate(record["rate"]),
+    ]
+
+
+def downtime(parts: Mapping[str, float]) -> None:
+    """The blackout in its parts, each on the clock of the side that did it."""
+    rows = [[name.replace("-", " "), side, show.duration(parts[name]), text] for name, side, text in _PARTS]
+    rows.append(["total", "", show.duration(sum(parts[name] for name, _, _ in _PARTS)), ""])
+    show.table("downtime", ["part", "clock", "time", "what"], rows, right=(2,))
+
+
+def fidelity(value: Mapping[str, Any]) -> None:
+    """What became of every item of state: the counts, and each item that is not exact."""
+    counts = value["counts"]
+    title = "state: " + ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
+    rows = [[str(cell) for cell in item] for item in value["items"]]
+    show.table(title, ["item", "verdict", "saved", "read back", "why"], rows)
+
+
+def summary(value: Mapping[str, Any]) -> str:
+    """One line that says what was done."""
+    result = value["result"]
+    total = show.duration(result["total-time"])
+    if value["kind"] == "snapshot":
+        return f"saved in {value['target']}: {total}, the guest was paused for {show.duration(result['pause-time'])}"
+    return f"moved to {value['target']}: {total}, the guest stood still for {show.duration(result['downtime'])}"

@@ -1,0 +1,133 @@
+"""The verbs that start a long job in a running VM and watch it: send and snapshot."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..config import Compression, MigrationParameters, parse_duration_ms, parse_rate
+from ..control.client import Client
+from ..errors import KvmigrateError, MigrationError, SnapshotError
+from . import report, show
+from .address import parse_address
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+POLL_S = 0.22
+"""How often progress is asked for: often enough for the eye, too seldom to disturb the VM's process."""
+ENDED = frozenset({"completed", "failed", "cancelled", "commit-unknown"})
+
+
+def send(
+    name: str,
+    address: str,
+    downtime_limit: str,
+    bandwidth: str,
+    max_rounds: int,
+    timeout: str,
+    compress: str,
+    *,
+    as_json: bool,
+    verbose: bool,
+) -> int:
+    """Migrate ``name`` to ``address``, show how it goes and what came of it. Returns the exit status."""
+    target = parse_address(address)
+    parameters = MigrationParameters(
+        downtime_limit_ms=parse_duration_ms(downtime_limit),
+        bandwidth_bytes_s=parse_rate(bandwidth),
+        max_rounds=max_rounds,
+        compression=Compression.parse(compress),
+        timeout_ms=parse_duration_ms(timeout),
+    )
+    with Client.of(name) as vm:
+        enable = [{"capability": "events", "state": True}]
+        vm.execute("migrate-set-capabilities", {"capabilities": enable})
+        vm.execute("migrate-set-parameters", _parameters(parameters))
+        vm.execute("migrate", {"uri": str(target)})
+        job = _watch(vm, f"sending {name}")
+    return _conclude(job, MigrationError, as_json=as_json, verbose=verbose)
+
+
+def _parameters(parameters: MigrationParameters) -> dict[str, Any]:
+    return {
+        "downtime-limit": max(round(parameters.downtime_limit_ms), 1),
+        "max-bandwidth": parameters.bandwidth_bytes_s,
+        "x-kvmigrate-max-rounds": parameters.max_rounds,
+        "x-kvmigrate-compression": str(parameters.compression),
+        "x-kvmigrate-timeout": max(round(parameters.timeout_ms), 1),
+    }
+
+
+def snapshot(name: str, directory: Path, compress: str, *, paused: bool, as_json: bool) -> int:
+    """Take a snapshot of ``name``, show how it goes and what came of it. Returns the exit status."""
+    arguments = {
+        "directory": str(directory.absolute()),
+        "paused": paused,
+        "compression": str(Compression.parse(compress)),
+    }
+    with Client.of(name) as vm:
+        vm.execute("x-kvmigrate-snapshot", arguments)
+        job = _watch(vm, f"saving {name}")
+    return _conclude(job, SnapshotError, as_json=as_json, verbose=False)
+
+
+def _conclude(job: Mapping[str, Any], failure: type[KvmigrateError], *, as_json: bool, verbose: bool) -> int:
+    """Print the result of an ended job, or raise ``failure`` with the reason why there is none."""
+    if as_json:
+        show.print_json(job)
+    if job["status"] != "completed":
+        raise failure(job.get("error", {}).get("desc") or f"the {job['kind']} ended as {job['status']}")
+    if not as_json:
+        report.job(job, verbose=verbose)
+    return 0
+
+
+def _watch(vm: Client, what: str) -> Mapping[str, Any]:
+    """Follow the job under way until it ends, with a progress bar; Ctrl-C cancels it. Returns its last report."""
+    with _bar() as bar:
+        task = bar.add_task(what, total=1.0, round=0, rate="", left="", eta="")
+        while True:
+            try:
+                job: Mapping[str, Any] = vm.execute("x-kvmigrate-job")
+                _draw(bar, task, job)
+                if job["status"] in ENDED:
+                    return job
+                vm.wait_event(POLL_S)
+                vm.take_events()
+            except KeyboardInterrupt:
+                vm.execute("x-kvmigrate-cancel")
+
+
+def _draw(bar: Progress, task: Any, job: Mapping[str, Any]) -> None:
+    progress = job.get("progress")
+    if not progress:
+        return
+    bar.update(
+        task,
+        # The VM keeps the fraction from falling; nothing here may make it.
+        completed=1.0 if job["status"] == "completed" else progress["fraction"],
+        round=progress["round"],
+        rate=show.rate(progress["rate-bytes-s"]),
+        left=show.size(progress["remaining-bytes"]),
+        eta="" if progress["eta-ms"] is None else show.duration(progress["eta-ms"]),
+    )
+
+
+def _bar() -> Progress:
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+
+    console = show.console(stderr=True)
+    return Progress(
+        TextColumn("{task.description}"),
+        TextColumn("round {task.fields[round]}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TextColumn("{task.fields[left]} left"),
+        TextColumn("{task.fields[eta]}"),
+        console=console,
+        refresh_per_second=5,
+        disable=not console.is_terminal,
+    )
