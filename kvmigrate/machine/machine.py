@@ -1,0 +1,187 @@
+"""The machine: owns all parts, starts, pauses and resumes them, and saves and loads their state."""
+
+from __future__ import annotations
+
+import base64
+import threading
+from collections.abc import Callable, Mapping, Sequence
+
+from ..boot import load_boot
+from ..config import MachineConfig
+from ..contract import RunState
+from ..devices.end import CRASH, GuestEnd
+from ..errors import ConfigError, StateError
+from ..kvm.cpuid import compare_cpuid, guest_cpuid
+from ..kvm.system import System
+from ..memory.dirty import DirtyLog, LogMode
+from ..memory.region import GuestMemory
+from ..state.fidelity import Fidelity
+from ..state.section import Section, Value, pack
+from .cpus import PAUSE_TIMEOUT_MS, CpuThreads
+from .description import Description
+from .entry import set_entry
+from .exits import ExitHandler
+from .platform import Platform
+from .runstate import RunStateBox
+from .sections import load_sections, save_sections
+
+
+class Machine:
+    """One guest. Build it with :meth:`create` or :meth:`build`; implements :class:`kvmigrate.contract.Migratable`.
+
+    Methods are called by one thread at a time; the guest itself may end at any moment, in a vCPU's thread, which
+    :meth:`wait_end` and ``on_end`` tell.
+    """
+
+    def __init__(self, description: Description, serial: str, state: RunState, log_mode: LogMode | None = None) -> None:
+        self._end: GuestEnd | None = None
+        self._ended = threading.Event()
+        self._runstate = RunStateBox(state)
+        self.on_end: Callable[[GuestEnd], None] = lambda _: None
+        self.platform = Platform(description.memory_bytes, description.cpuid, serial, self._end_guest)
+        self.description = description.completed(self.platform.device_versions(), self.platform.tsc_khz)
+        self._dirty_log = DirtyLog(self.platform.memory, log_mode or self.platform.best_log_mode())
+        handler = ExitHandler(self.platform.pio, self.platform.mmio, self._end_guest)
+        self.cpus = CpuThreads(self.platform.vm.group, self.platform.vm.vcpus, handler, self._end_guest)
+
+    @classmethod
+    def create(cls, config: MachineConfig, *, log_mode: LogMode | None = None) -> Machine:
+        """A new guest as ``config`` says, its image loaded, in PRELAUNCH: call :meth:`start`, then :meth:`resume`.
+
+        Raises :class:`ConfigError` for an image that cannot be booted, :class:`HostError` when the host refuses.
+        """
+        if config.boot is None:
+            raise ConfigError("a machine needs an image to boot")
+        with System.open() as system:
+            cpuid = tuple(guest_cpuid(system.supported_cpuid(), at, config.nr_cpus) for at in range(config.nr_cpus))
+        machine = cls(Description.new(config, cpuid), config.serial, RunState.PRELAUNCH, log_mode)
+        try:
+            entry = load_boot(machine.memory, config.boot, config.memory_bytes)
+            set_entry(machine.platform.vm.vcpus[0], entry)
+        except BaseException:
+            machine.close()
+            raise
+        return machine
+
+    @classmethod
+    def build(
+        cls,
+        value: Mapping[str, Value],
+        *,
+        name: str | None = None,
+        serial: str = "null",
+        log_mode: LogMode | None = None,
+    ) -> Machine:
+        """The empty machine that :meth:`describe` described elsewhere, in INMIGRATE: load its state, then resume.
+
+        ``name`` replaces the described one. Raises :class:`BadField` for a description that cannot be,
+        :class:`RestoreRefused` when this host lacks a CPU feature that the guest knows of, :class:`HostError`.
+        """
+        description = Description.from_value(value)
+        if name is not None:
+            description = description.renamed(name)
+        with System.open() as system:
+            supported = system.supported_cpuid()
+        for table in description.cpuid:
+            compare_cpuid(table, supported).require()
+        machine = cls(description, serial, RunState.INMIGRATE, log_mode)
+        try:
+            description.require_devices(machine.description.devices)
+            description.require_tsc(machine.platform.tsc_khz, machine.platform.can_scale_tsc)
+        except BaseException:
+            machine.close()
+            raise
+        return machine
+
+    @property
+    def memory(self) -> GuestMemory:
+        return self.platform.memory
+
+    @property
+    def dirty_log(self) -> DirtyLog:
+        return self._dirty_log
+
+    @property
+    def runstate(self) -> RunState:
+        return self._runstate.state
+
+    def on_change(self, told: Callable[[RunState], None]) -> None:
+        """``told`` is called after each change of the run state, from the thread that made it; it must not block."""
+        self._runstate.on_change = told
+
+    def describe(self) -> dict[str, Value]:
+        """See :meth:`Migratable.describe`; ``autostart`` says whether the guest runs, so that a paused one stays so."""
+        running = self.runstate in (RunState.RUNNING, RunState.PRELAUNCH)
+        return self.description.to_value() | {"autostart": running}
+
+    def start(self) -> None:
+        """Start the vCPUs' threads, parked. Idempotent."""
+        self.cpus.start()
+
+    def pause(self, reason: RunState = RunState.PAUSED) -> None:
+        """See :meth:`Migratable.pause`. Raises :class:`StateError` when the guest has ended."""
+        if reason is not self.runstate:
+            self._runstate.require(reason)
+        self.platform.vm.group.pause(PAUSE_TIMEOUT_MS)
+        for device in self.platform.devices.values():
+            device.pause()
+        # The guest may have ended while its vCPUs were on their way out: then there is nothing to move any more.
+        self._runstate.move(reason)
+
+    def resume(self) -> None:
+        """See :meth:`Migratable.resume`."""
+        self._runstate.move(RunState.RUNNING)
+        for device in self.platform.devices.values():
+            device.resume()
+        for vcpu in self.platform.vm.vcpus:
+            # Just before it runs, not at the pause: a guest that was restored would miss it (Firecracker #5494).
+            vcpu.kvmclock_ctrl()
+        self.cpus.start()
+        self.platform.vm.group.resume()
+
+    def save(self) -> list[Section]:
+        """See :meth:`Migratable.save`."""
+        return save_sections(self.platform)
+
+    def load(self, sections: Sequence[Section]) -> Fidelity:
+        """See :meth:`Migratable.load`."""
+        return load_sections(self.platform, sections)
+
+    def digest(self) -> dict[str, Value]:
+        """All of a paused guest for comparison: the XXH3-64 of each page and every section, as JSON can carry them."""
+        if self.runstate in (RunState.RUNNING, RunState.PRELAUNCH):
+            raise StateError(self.runstate.value, "paused")
+        hashes = self.memory.hash_all()
+        return {
+            "slots": [
+                {"base-gfn": slot.base_gfn, "nr-pages": slot.nr_pages, "hashes": base64.b64encode(words).decode()}
+                for slot, words in zip(self.memory.slots, hashes, strict=True)
+            ],
+            "state": {s.name: base64.b64encode(pack(s.body)).decode() for s in self.save()},
+            "entries": [vcpu.nr_entries for vcpu in self.platform.vm.vcpus],
+        }
+
+    @property
+    def end(self) -> GuestEnd | None:
+        """How the guest ended, or None while it has not."""
+        return self._end
+
+    def wait_end(self, timeout_s: float | None = None) -> GuestEnd | None:
+        """Wait until the guest ends; None after ``timeout_s``."""
+        self._ended.wait(timeout_s)
+        return self._end
+
+    def _end_guest(self, end: GuestEnd) -> None:
+        """Called by devices and vCPU threads. The first end counts; the other vCPUs park."""
+        if self._ended.is_set():
+            return
+        self.platform.vm.group.request_pause()
+        self._end = end
+        self._runstate.move(RunState.INTERNAL_ERROR if end.kind == CRASH else RunState.SHUTDOWN)
+        self._ended.set()
+        self.on_end(end)
+
+    def close(self) -> None:
+        """See :meth:`Migratable.close`; not from a vCPU's thread."""
+        self.cpus.stop()
+        self.platform.close()

@@ -1,0 +1,113 @@
+"""The parts of a machine and how they are wired: kernel objects, memory, buses, devices and interrupt lines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from .._core import lib
+from ..devices.backends import Backend, open_backend
+from ..devices.bus import Device, MmioBus, PioBus
+from ..devices.cmos import Cmos
+from ..devices.debug_exit import DebugExit
+from ..devices.end import GuestEnd
+from ..devices.i8042 import I8042
+from ..devices.port92 import Port92
+from ..devices.poweroff import PowerOff
+from ..devices.serial import IRQ as SERIAL_IRQ
+from ..devices.serial import Serial
+from ..kvm.system import System
+from ..kvm.vm import Vm
+from ..memory.dirty import LogMode
+from ..memory.region import GuestMemory
+from .description import CpuidTable
+
+
+class Platform:
+    """All parts of one machine, wired and empty: no vCPU has run, no image is loaded.
+
+    ``end`` is told how the guest ends, from a vCPU's thread. Raises :class:`HostError` or :class:`UnsupportedError`
+    when the host cannot give a part, with nothing left open.
+    """
+
+    def __init__(
+        self,
+        memory_bytes: int,
+        cpuid: Sequence[CpuidTable],
+        serial: str,
+        end: Callable[[GuestEnd], None],
+    ) -> None:
+        self._closers: list[Callable[[], None]] = []
+        try:
+            self.memory = GuestMemory(memory_bytes)
+            self._closers.append(self.memory.close)
+            self.vm = self._create_vm(cpuid)
+            self.pio, self.mmio = PioBus(), MmioBus()
+            self.backend = open_backend(serial)
+            self._closers.append(self.backend.close)
+            self.devices = self._wire(memory_bytes, self.backend, end)
+        except BaseException:
+            self.close()
+            raise
+
+    def _create_vm(self, cpuid: Sequence[CpuidTable]) -> Vm:
+        with System.open() as system:
+            vm = system.create_vm()
+        self._closers.append(vm.close)
+        # The addresses and the interrupt chips come before the first vCPU (KVM api.rst, KVM_SET_IDENTITY_MAP_ADDR and
+        # KVM_CREATE_IRQCHIP), since a vCPU gets its local APIC when it is created.
+        vm.set_tss_addr()
+        vm.set_identity_map_addr()
+        vm.create_irqchip()
+        vm.create_pit()
+        _enable_event_caps(vm)
+        self.memory.attach(vm.fd)
+        for vcpu_id, table in enumerate(cpuid):
+            # CPUID comes before any access to an MSR: since Linux 6.13 MSRs that CPUID does not announce read as 0.
+            vm.create_vcpu(vcpu_id).set_cpuid2(table)
+        return vm
+
+    def _wire(self, memory_bytes: int, backend: Backend, end: Callable[[GuestEnd], None]) -> dict[str, Device]:
+        serial = Serial(lambda level: self.vm.irq_line(SERIAL_IRQ, level), backend)
+        parts: list[tuple[Device, list[tuple[int, int]]]] = [
+            (serial, [(0x3F8, 8)]),
+            (Cmos(memory_bytes), [(0x70, 2)]),
+            (I8042(end), [(0x60, 1), (0x64, 1)]),
+            (Port92(end), [(0x92, 1)]),
+            (DebugExit(end), [(0xF4, 4)]),
+            (PowerOff(end), [(0x604, 2)]),
+        ]
+        for device, ports in parts:
+            for port, count in ports:
+                self.pio.add(device, port, count)
+        return {device.name: device for device, _ in parts}
+
+    def device_versions(self) -> dict[str, int]:
+        """The newest section version that each device reads."""
+        return {name: device.version for name, device in self.devices.items()}
+
+    @property
+    def tsc_khz(self) -> int:
+        """How fast the guest's TSC counts here."""
+        return self.vm.vcpus[0].get_tsc_khz()
+
+    @property
+    def can_scale_tsc(self) -> bool:
+        return bool(self.vm.check_extension(lib.KVM_CAP_TSC_CONTROL))
+
+    def best_log_mode(self) -> LogMode:
+        """CLEAR where the kernel has manual protection, else GET."""
+        can = self.vm.check_extension(lib.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2)
+        return LogMode.CLEAR if can else LogMode.GET
+
+    def close(self) -> None:
+        """Give everything back, memory last: no vCPU may run any more. Idempotent."""
+        while self._closers:
+            self._closers.pop()()
+
+
+def _enable_event_caps(vm: Vm) -> None:
+    """Let KVM_GET_VCPU_EVENTS tell a pending exception's payload (CR2, DR6) apart and a pending triple fault at all;
+    without them both are lost in a save (KVM api.rst, KVM_CAP_EXCEPTION_PAYLOAD, KVM_CAP_X86_TRIPLE_FAULT_EVENT)."""
+    for capability in (lib.KVM_CAP_EXCEPTION_PAYLOAD, lib.KVM_CAP_X86_TRIPLE_FAULT_EVENT):
+        if vm.check_extension(capability):
+            vm.enable_cap(capability, 1)
