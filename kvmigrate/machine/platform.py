@@ -5,16 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from .._core import lib
+from ..devices import cmos, debug_exit, i8042, port92, poweroff, serial
 from ..devices.backends import Backend, open_backend
 from ..devices.bus import Device, MmioBus, PioBus
-from ..devices.cmos import Cmos
-from ..devices.debug_exit import DebugExit
 from ..devices.end import GuestEnd
-from ..devices.i8042 import I8042
-from ..devices.port92 import Port92
-from ..devices.poweroff import PowerOff
-from ..devices.serial import IRQ as SERIAL_IRQ
-from ..devices.serial import Serial
 from ..kvm.system import System
 from ..kvm.vm import Vm
 from ..memory.dirty import LogMode
@@ -33,7 +27,7 @@ class Platform:
         self,
         memory_bytes: int,
         cpuid: Sequence[CpuidTable],
-        serial: str,
+        serial_spec: str,
         end: Callable[[GuestEnd], None],
     ) -> None:
         self._closers: list[Callable[[], None]] = []
@@ -42,7 +36,7 @@ class Platform:
             self._closers.append(self.memory.close)
             self.vm = self._create_vm(cpuid)
             self.pio, self.mmio = PioBus(), MmioBus()
-            self.backend = open_backend(serial)
+            self.backend = open_backend(serial_spec)
             self._closers.append(self.backend.close)
             self.devices = self._wire(memory_bytes, self.backend, end)
         except BaseException:
@@ -67,19 +61,19 @@ class Platform:
         return vm
 
     def _wire(self, memory_bytes: int, backend: Backend, end: Callable[[GuestEnd], None]) -> dict[str, Device]:
-        serial = Serial(lambda level: self.vm.irq_line(SERIAL_IRQ, level), backend)
-        parts: list[tuple[Device, list[tuple[int, int]]]] = [
-            (serial, [(0x3F8, 8)]),
-            (Cmos(memory_bytes), [(0x70, 2)]),
-            (I8042(end), [(0x60, 1), (0x64, 1)]),
-            (Port92(end), [(0x92, 1)]),
-            (DebugExit(end), [(0xF4, 4)]),
-            (PowerOff(end), [(0x604, 2)]),
+        com1 = serial.Serial(lambda level: self.vm.irq_line(serial.IRQ, level), backend)
+        parts: list[tuple[Device, int, int]] = [
+            (com1, serial.PORT, serial.NR_PORTS),
+            (cmos.Cmos(memory_bytes, len(self.vm.vcpus)), cmos.PORT, cmos.NR_PORTS),
+            # Port 0x61 lies between the controller's two; the kernel's own PIT answers it before it gets here.
+            (i8042.I8042(end), i8042.DATA_PORT, i8042.COMMAND_OFFSET + 1),
+            (port92.Port92(end), port92.PORT, port92.NR_PORTS),
+            (debug_exit.DebugExit(end), debug_exit.PORT, debug_exit.NR_PORTS),
+            (poweroff.PowerOff(end), poweroff.PORT, poweroff.NR_PORTS),
         ]
-        for device, ports in parts:
-            for port, count in ports:
-                self.pio.add(device, port, count)
-        return {device.name: device for device, _ in parts}
+        for device, port, nr_ports in parts:
+            self.pio.add(device, port, nr_ports)
+        return {device.name: device for device, _, _ in parts}
 
     def device_versions(self) -> dict[str, int]:
         """The newest section version that each device reads."""

@@ -1,0 +1,93 @@
+"""What a peer or a file says of a machine is hostile."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from kvmigrate.config import MachineConfig
+from kvmigrate.errors import BadField, ConfigError, KvmigrateError, RestoreRefused
+from kvmigrate.machine.description import Description
+
+LEAF = {"function": 1, "index": 0, "flags": 0, "eax": 1, "ebx": 2, "ecx": 3, "edx": 4}
+
+
+def good() -> dict[str, Any]:
+    described = Description.new(MachineConfig("guest", 8 << 20), ([LEAF],)).completed({"serial0": 1}, 2_000_000)
+    return described.to_value()
+
+
+def test_a_description_survives_the_wire() -> None:
+    value = good()
+    assert Description.from_value(value).to_value() == value
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("name", "../../etc/passwd"),
+        ("name", ""),
+        ("name", "a" * 64),
+        ("name", 7),
+        ("uuid", "not-a-uuid"),
+        ("uuid", "{12345678-1234-5678-1234-567812345678}"),
+        ("memory_bytes", 0),
+        ("memory_bytes", -4096),
+        ("memory_bytes", (8 << 20) + 1),
+        ("memory_bytes", 1 << 63),
+        ("memory_bytes", 16 << 20),
+        ("slots", [[0, 0, 1]]),
+        ("slots", []),
+        ("cpuid", []),
+        ("cpuid", [[]] * 65),
+        ("cpuid", [[LEAF] * 257]),
+        ("cpuid", [[LEAF | {"eax": -1}]]),
+        ("cpuid", [[LEAF | {"extra": 1}]]),
+        ("cpuid", [7]),
+        ("tsc_khz", -1),
+        ("devices", {"serial0": 0}),
+        ("devices", {"serial0": "1"}),
+        ("devices", {"x" * 65: 1}),
+        ("autostart", 1),
+    ],
+)
+def test_a_wrong_field_is_refused_by_name(key: str, value: Any) -> None:
+    with pytest.raises(KvmigrateError) as caught:
+        Description.from_value(good() | {key: value})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", sorted(good()))
+def test_a_missing_field_is_refused_by_name(key: str) -> None:
+    value = good()
+    del value[key]
+    with pytest.raises(BadField, match=key):
+        Description.from_value(value)
+
+
+def test_an_unknown_field_is_refused_by_name() -> None:
+    with pytest.raises(BadField, match="surprise"):
+        Description.from_value(good() | {"surprise": 1})
+
+
+def test_more_memory_than_the_host_has_is_refused_before_any_is_taken() -> None:
+    value = Description.new(MachineConfig("guest", 1 << 40), ([LEAF],)).to_value()
+    with pytest.raises(ConfigError, match="this host only"):
+        Description.from_value(value)
+
+
+def test_a_device_of_a_later_version_is_refused_by_name() -> None:
+    description = Description.from_value(good())
+    description.require_devices({"serial0": 2})
+    for mine in ({"serial0": 0}, {}, {"serial0": 1, "rtc": 1}):
+        with pytest.raises(RestoreRefused, match=r"device (serial0|rtc)"):
+            description.require_devices(mine)
+
+
+def test_the_tsc_may_differ_by_250_parts_per_million() -> None:
+    description = Description.from_value(good())
+    description.require_tsc(2_000_400, can_scale=False)
+    description.require_tsc(2_100_000, can_scale=True)
+    with pytest.raises(RestoreRefused, match="tsc_khz"):
+        description.require_tsc(2_001_000, can_scale=False)
