@@ -10,8 +10,7 @@ from pathlib import Path
 from ..config import PAGE_BYTES
 from ..state.section import Section, Value
 from .format import extents
-from .load import opened
-from .statefile import SavedState, read_state
+from .statefile import SavedState, opened, read_state
 
 _VCPU = re.compile(r"vcpu\d+")
 

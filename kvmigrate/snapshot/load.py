@@ -28,7 +28,7 @@ from ..state.fidelity import Fidelity
 from ..state.section import Value
 from .format import RAW_FILE, extents
 from .frames import read_frames
-from .statefile import SavedState, open_file, read_state
+from .statefile import SavedState, open_file, opened, read_state
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,19 +89,6 @@ class _Clock:
 
     def laps(self) -> dict[str, float]:
         return self._laps | {"total": (self._last - self._begin) * 1e3}
-
-
-@contextmanager
-def opened(directory: Path) -> Iterator[int]:
-    """The directory's descriptor: every file is opened beneath it, so that all come from one snapshot."""
-    try:
-        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError as error:
-        raise SnapshotError(f"cannot read {directory}: {error.strerror}: name the directory of a snapshot") from error
-    try:
-        yield fd
-    finally:
-        os.close(fd)
 
 
 @contextmanager

@@ -102,6 +102,8 @@ def take(
     """
     if machine.runstate not in _SAVABLE:
         raise StateError(machine.runstate, "running or paused")
+    if machine.dirty_log.active:
+        raise StateError("being copied already", "left alone by migrations and other snapshots")
     begin = time.monotonic()
     with Staging(directory) as staging:
         sink = open_sink(staging, machine.memory, parameters.compression)
@@ -198,8 +200,9 @@ class _Job:
                 raise StateError(self._machine.runstate, "running or paused")
             yield
         finally:
-            # A guest that ended by itself meanwhile has another state by now, and keeps it.
-            if self._machine.runstate is RunState.SAVE_VM:
+            # A guest that ended by itself meanwhile has another state by now, and keeps it. One that could not be
+            # stopped may have some of its vCPUs parked: it is let go, too.
+            if self._machine.runstate in (RunState.SAVE_VM, self._before):
                 if self._before is RunState.RUNNING:
                     self._machine.resume()
                     self.pause_ms = (time.monotonic() - begin) * 1e3
@@ -229,6 +232,7 @@ class _Job:
         written = write_all(fd, list(encode_state(description, sections, index, hashes)))
         self._give_up_if_cancelled()
         self._staging.publish()
+        self.precopy.progress.finish()
         return written
 
     def _give_up_if_cancelled(self) -> None:

@@ -33,11 +33,11 @@ def cannot_write(path: Path, error: OSError | HostError) -> SnapshotError:
     """The error for a ``path`` that could not be written, with what to do about it."""
     number = error.errno or errno.EIO
     mend = _MENDS.get(number, "choose another place")
-    return SnapshotError(f"cannot write {path}: {os.strerror(number)}: {mend}; the guest runs on")
+    return SnapshotError(f"cannot write {path}: {os.strerror(number)}: {mend}; the guest goes on as before")
 
 
 def _taken(target: Path) -> SnapshotError:
-    return SnapshotError(f"{target} exists: remove it or choose another name; the guest runs on")
+    return SnapshotError(f"{target} exists: remove it or choose another name")
 
 
 class Staging:
@@ -57,8 +57,7 @@ class Staging:
             raise cannot_write(self.target, error) from error
         try:
             _remove_stale(self._parent_fd, self.target.name)
-            os.mkdir(self._name, 0o700, dir_fd=self._parent_fd)
-            self._fd = _open_locked(self._parent_fd, self._name)
+            self._fd = _make_locked(self._parent_fd, self._name)
         except OSError as error:
             os.close(self._parent_fd)
             raise cannot_write(self.target, error) from error
@@ -67,12 +66,15 @@ class Staging:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        for fd in self._files.values():
-            os.close(fd)
-        if not self._published:
-            _remove(self._parent_fd, self._name, self._fd)
-        os.close(self._fd)
-        os.close(self._parent_fd)
+        try:
+            if not self._published:
+                _remove(self._parent_fd, self._name, self._fd)
+        except OSError as failed:
+            left = self.target.parent / self._name
+            raise SnapshotError(f"{error}; and {left} could not be removed: remove it by hand") from failed
+        finally:
+            for fd in (*self._files.values(), self._fd, self._parent_fd):
+                os.close(fd)
 
     def path(self, name: str) -> Path:
         """What an error should call the file ``name``: its place in the target."""
@@ -129,6 +131,16 @@ class Staging:
             os.fsync(fd)
         except OSError as error:
             raise cannot_write(path, error) from error
+
+
+def _make_locked(parent_fd: int, name: str) -> int:
+    """Make the directory ``name``, open and lock it."""
+    os.mkdir(name, 0o700, dir_fd=parent_fd)
+    try:
+        return _open_locked(parent_fd, name)
+    except OSError:
+        os.rmdir(name, dir_fd=parent_fd)
+        raise
 
 
 def _open_locked(parent_fd: int, name: str) -> int:

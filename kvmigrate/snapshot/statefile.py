@@ -9,6 +9,7 @@ import os
 import stat
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,6 +64,19 @@ def encode_state(
         yield frame.encode_frame(kind, payload, sequence)
 
 
+@contextmanager
+def opened(directory: Path) -> Iterator[int]:
+    """The directory's descriptor: every file is opened beneath it, so that all come from one snapshot."""
+    try:
+        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise SnapshotError(f"cannot read {directory}: {error.strerror}: name the directory of a snapshot") from error
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
 def open_file(directory_fd: int, path: Path) -> int:
     """Open ``path.name`` in the directory for reading. Raises :class:`SnapshotError` unless it is a plain file.
 
@@ -73,7 +87,7 @@ def open_file(directory_fd: int, path: Path) -> int:
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         fd = os.open(path.name, flags, dir_fd=directory_fd)
     except OSError as error:
-        raise SnapshotError(f"cannot read {path}: {error.strerror}: is {path.parent} a whole snapshot?") from error
+        raise SnapshotError(f"cannot read {path}: {error.strerror}: is it a whole snapshot?") from error
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
         raise SnapshotError(f"{path} is not a regular file: restore from a whole snapshot")
