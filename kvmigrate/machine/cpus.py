@@ -40,6 +40,11 @@ class CpuThreads:
             self._threads.append(thread)
             thread.start()
 
+    @property
+    def thread_ids(self) -> list[int]:
+        """The kernel's ids of the vCPUs' threads, in the order of the vCPUs; empty before :meth:`start`."""
+        return [thread.native_id or 0 for thread in self._threads]
+
     def stop(self) -> None:
         """Bring every thread back and join it. Must not be called from one of them. Idempotent."""
         self._group.quit()
