@@ -1,5 +1,6 @@
 // Hashes for every x86-64, and the choice of the page hash at run time.
 #define XXH_INLINE_ALL
+#include <string.h>
 #include <xxhash.h>
 
 #include "hash.h"

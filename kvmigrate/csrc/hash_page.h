@@ -1,8 +1,8 @@
 // The body of a page hash, compiled once for each instruction set: NAME is the function's name, and the file that includes
 // this has chosen the target before it included <xxhash.h>.
 
-// 256 bytes at once: what the compiler makes of it fills the registers of the target.
-typedef uint64_t block __attribute__((vector_size(64), aligned(64), may_alias));
+// The compiler splits it into registers of the target. Not aligned: a bounce buffer need not be.
+typedef uint64_t block __attribute__((vector_size(64), aligned(1), may_alias));
 
 static bool page_is_zero(const uint8_t *page)
 {
@@ -18,10 +18,12 @@ static bool page_is_zero(const uint8_t *page)
 
 uint64_t NAME(const uint8_t *page)
 {
-    const uint64_t *words = (const uint64_t *)page;
+    uint64_t first, last;
 
+    memcpy(&first, page, sizeof(first));
+    memcpy(&last, page + KMIG_PAGE_BYTES - sizeof(last), sizeof(last));
     // Most pages that are not zero show it in their first or last word.
-    if (!words[0] && !words[KMIG_PAGE_BYTES / 8 - 1] && page_is_zero(page))
+    if (!first && !last && page_is_zero(page))
         return 0;
     uint64_t hash = XXH3_64bits(page, KMIG_PAGE_BYTES);
     return hash ? hash : 1;

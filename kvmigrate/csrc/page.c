@@ -101,13 +101,16 @@ void kmig_round_begin(struct kmig_memory *memory, struct kmig_round *round)
     }
 }
 
-// Write-protect the window's pending pages again and clear them in the log.
+// Take the window's pending pages out of the log: KVM's, which write-protects them again, and the VMM's.
 static int clear_window(struct kmig_memory *memory, uint32_t slot_index, uint64_t first, uint64_t end)
 {
     struct kmig_slot *slot = &memory->slot[slot_index];
 
     if (kmig_bits_next(slot->pending, first, end) == end)
         return 0;
+    for (uint64_t word = first / 64; word < kmig_bits_words(end); word++)
+        if (__atomic_load_n(&slot->host_dirty[word], __ATOMIC_RELAXED) & slot->pending[word])
+            __atomic_fetch_and(&slot->host_dirty[word], ~slot->pending[word], __ATOMIC_SEQ_CST);
     return kmig_dirty_clear(memory, slot_index, first, end - first, slot->pending + first / 64);
 }
 

@@ -163,11 +163,16 @@ static size_t runs_to_iov(const struct kmig_chunk *chunk, struct iovec *iov)
             continue;
         iov[nr++] = (struct iovec){chunk->hva[i], (size_t)chunk->run[i].nr_pages * KMIG_PAGE_BYTES};
     }
-    if (KMIG_FAULT("swap-two-pages") && nr > 0 && iov[0].iov_len == 2 * KMIG_PAGE_BYTES && nr < KMIG_CHUNK_PAGES) {
-        memmove(iov + 2, iov + 1, (nr - 1) * sizeof(*iov));
-        iov[1] = (struct iovec){iov[0].iov_base, KMIG_PAGE_BYTES};
-        iov[0] = (struct iovec){(uint8_t *)iov[0].iov_base + KMIG_PAGE_BYTES, KMIG_PAGE_BYTES};
-        nr++;
+    if (KMIG_FAULT("swap-two-pages") && nr > 1 && iov[0].iov_len == iov[1].iov_len) {
+        void *first = iov[0].iov_base;
+        iov[0].iov_base = iov[1].iov_base;
+        iov[1].iov_base = first;
+    } else if (KMIG_FAULT("swap-two-pages") && nr == 1 && iov[0].iov_len >= 2 * KMIG_PAGE_BYTES) {
+        uint8_t *first = iov[0].iov_base;
+        iov[2] = (struct iovec){first + 2 * KMIG_PAGE_BYTES, iov[0].iov_len - 2 * KMIG_PAGE_BYTES};
+        iov[1] = (struct iovec){first, KMIG_PAGE_BYTES};
+        iov[0] = (struct iovec){first + KMIG_PAGE_BYTES, KMIG_PAGE_BYTES};
+        nr = 3;
     }
     return nr;
 }
