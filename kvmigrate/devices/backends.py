@@ -34,6 +34,7 @@ class Uart(Protocol):
     def tx_waiting(self) -> bool: ...
     def fill(self, read: Callable[[int], bytes]) -> None: ...
     def drain(self) -> None: ...
+    def finish(self) -> None: ...
 
 
 class Backend:
@@ -50,7 +51,7 @@ class Backend:
         """Tell the backend's thread that the UART has room again, or bytes to send. Never blocks."""
 
     def close(self) -> None:
-        """Stop the thread and close what was opened. Idempotent."""
+        """Send what still waits in the UART, for a bounded time; close what was opened. Idempotent."""
 
 
 class PollBackend(Backend):
@@ -66,8 +67,10 @@ class PollBackend(Backend):
         self._closed = False
         self._absent = False
         self._thread: threading.Thread | None = None
+        self._uart: Uart | None = None
 
     def attach(self, uart: Uart) -> None:
+        self._uart = uart
         self._thread = threading.Thread(target=self._serve, args=(uart,), name=f"serial {self._name}", daemon=True)
         self._thread.start()
 
@@ -88,7 +91,9 @@ class PollBackend(Backend):
             return self._output_failed(error, len(data))
 
     def close(self) -> None:
-        """See :meth:`Backend.close`. No write may be under way: the UART pauses first."""
+        """See :meth:`Backend.close`. Afterwards the UART is paused, so no write can be under way."""
+        if self._uart is not None:
+            self._uart.finish()
         with self._wake_lock:
             if self._closed:
                 return

@@ -67,9 +67,10 @@ class PioBus:
 
     def __init__(self) -> None:
         self._ports: dict[int, tuple[Device, int]] = {}
+        self._bases: dict[Device, int] = {}
 
-    def add(self, device: Device, port: int, count: int, offset: int = 0) -> None:
-        """Let ``device`` answer ``count`` ports from ``port``, the first of which is its ``offset``.
+    def add(self, device: Device, port: int, count: int) -> None:
+        """Let ``device`` answer ``count`` ports from ``port``. Its offsets count from the first port it was added at.
 
         Raises :class:`ConfigError` when a port is taken or does not exist.
         """
@@ -79,7 +80,8 @@ class PioBus:
         for taken in ports:
             if taken in self._ports:
                 raise ConfigError(f"{device.name}: port {taken:#x} belongs to {self._ports[taken][0].name} already")
-        self._ports.update(dict.fromkeys(ports, (device, port - offset)))
+        base = self._bases.setdefault(device, port)
+        self._ports.update(dict.fromkeys(ports, (device, base)))
 
     def read(self, port: int, size: int) -> int:
         """``in``: ``size`` (1, 2 or 4) bytes from ``port``."""

@@ -35,7 +35,7 @@ MODE_CHANGES = {
 
 class I8042(Device):
     """``mode`` is the controller command byte, ``output`` the output port, ``pending`` the command that waits for its
-    data byte or 0, ``answer`` at most one byte that waits at port 0x60."""
+    data byte or 0, ``answer`` at most one byte that waits at port 0x60. Add port 0x60 to the bus before 0x64."""
 
     name = "i8042"
 
@@ -99,6 +99,7 @@ class I8042(Device):
                 self._end(GuestEnd.reset("i8042 output port"))
 
     def save(self) -> dict[str, Value]:
+        """All of the controller; its status follows from it."""
         return {
             "mode": self._mode,
             "output": self._output,

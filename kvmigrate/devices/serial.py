@@ -42,7 +42,10 @@ TRIGGER_BYTES = (1, 4, 8, 14)
 
 
 class Serial(Device):
-    """``irq`` sets the level of the interrupt line; it is called with the UART's lock held and must not block."""
+    """``irq`` sets the level of the interrupt line; it is called with the UART's lock held and must not block.
+
+    A new UART is paused, so that no input comes to it before its state: :meth:`resume` it before the guest runs.
+    """
 
     name = "serial0"
 
@@ -50,7 +53,7 @@ class Serial(Device):
         self._irq = irq
         self._backend = backend
         self._changed = threading.Condition(threading.Lock())
-        self._paused = False
+        self._paused = True
         self._level = False
         self._power_on()
         backend.attach(self)
@@ -154,6 +157,8 @@ class Serial(Device):
 
     def _write_mcr(self, value: int) -> None:
         before = self._modem_lines()
+        if self._mcr & ~value & MCR_LOOP:
+            self._backend.wake()
         self._mcr = value & 0x1F
         after = self._modem_lines()
         changed = before ^ after
@@ -196,6 +201,9 @@ class Serial(Device):
     def _rx_room(self) -> int:
         return (FIFO_BYTES if self._fcr & FCR_ENABLE else 1) - len(self._rx)
 
+    def _wants_input(self) -> bool:
+        return not self._paused and not self._mcr & MCR_LOOP and self._rx_room() > 0
+
     def _modem_lines(self) -> int:
         if not self._mcr & MCR_LOOP:
             return MSR_CONNECTED
@@ -226,7 +234,7 @@ class Serial(Device):
     def rx_wanted(self) -> bool:
         """Whether a received byte could be taken now."""
         with self._changed:
-            return not self._paused and not self._mcr & MCR_LOOP and self._rx_room() > 0
+            return self._wants_input()
 
     def tx_waiting(self) -> bool:
         """Whether bytes wait until the backend can take them."""
@@ -236,9 +244,8 @@ class Serial(Device):
     def fill(self, read: Callable[[int], bytes]) -> None:
         """Take what ``read(most)`` returns without blocking; called only while there is room for ``most`` bytes."""
         with self._changed:
-            room = self._rx_room()
-            if not self._paused and room > 0:
-                self._rx += read(room)
+            if self._wants_input():
+                self._rx += read(self._rx_room())
                 self._update_irq()
 
     def drain(self) -> None:
@@ -315,12 +322,11 @@ class Serial(Device):
             self._overrun, self._thre_pending = overrun, thre_pending
             self._rx, self._tx = bytearray(rx), bytearray(tx)
 
-    def close(self) -> None:
-        """Send what still waits, for a bounded time and unless the UART is paused, and close the backend. Idempotent.
+    def finish(self) -> None:
+        """Wait until what waits is sent, for a bounded time, and pause for good.
 
         A paused UART sends nothing: what waits in it may have been sent by the machine that took its state over.
         """
         with self._changed:
             self._changed.wait_for(lambda: self._paused or not self._tx, CLOSE_WAIT_S)
             self._paused = True
-        self._backend.close()
