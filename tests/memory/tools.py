@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import socket
 import struct
 import threading
@@ -165,6 +166,14 @@ class Draining:
 
     def __exit__(self, *_: object) -> None:
         self._thread.join()
+
+
+def fill(memory: GuestMemory, gfns: list[int] | range) -> bytes:
+    """Write random pages at ``gfns``; returns them in a row."""
+    pages = random.Random(1).randbytes(PAGE_BYTES * len(gfns))
+    for at, gfn in enumerate(gfns):
+        memory.write(gfn * PAGE_BYTES, pages[at * PAGE_BYTES : (at + 1) * PAGE_BYTES])
+    return pages
 
 
 def send_round(memory: GuestMemory, *, first: bool, sequence: int = 0) -> tuple[bytes, Any]:
