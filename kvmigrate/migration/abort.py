@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,6 +44,13 @@ class Abort:
             if self._error is not None:
                 raise self._error
             self._armed = False
+
+    def sleep(self, for_ms: float) -> None:
+        """Wait ``for_ms``; raises the reason as soon as there is one."""
+        poll = select.poll()
+        poll.register(self.fd, select.POLLIN)
+        poll.poll(for_ms)
+        self.check()
 
     @contextmanager
     def deadline(self, after_ms: float, error: KvmigrateError) -> Iterator[None]:

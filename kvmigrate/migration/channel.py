@@ -161,6 +161,12 @@ class Channel:
         """Whether the peer has said something, or hung up."""
         return bool(_poll([(self.fd, select.POLLIN)], 0.0))
 
+    def pause_until(self, at: float) -> None:
+        """Sleep until ``at`` on the monotonic clock, in seconds, unless ``abort`` fires."""
+        left_ms = (at - time.monotonic()) * 1e3
+        if left_ms > 0:
+            self.abort.sleep(left_ms)
+
     def close(self) -> None:
         """Close at once. Idempotent."""
         with suppress(OSError):

@@ -1,0 +1,125 @@
+"""The source's half of the blackout: from the request to pause until the destination says that the guest runs there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..contract import Migratable, RunState
+from ..errors import BadChecksum, MigrationError
+from ..precopy.ledger import Downtime
+from ..precopy.rounds import PreCopy
+from ..state.frame import FrameKind
+from ..state.section import encode, pack
+from . import wire
+from .blackout import Stopwatch
+from .channel import Channel, Frame, unexpected
+from .pages import StreamSink
+
+ENDED = (RunState.SHUTDOWN, RunState.INTERNAL_ERROR)
+
+
+@dataclass(frozen=True, slots=True)
+class Switched:
+    """Everything is at the destination, and checked. ``watch`` runs since the request to pause; times in ms."""
+
+    watch: Stopwatch
+    stop: float
+    state: float
+    last_pages: float
+    until_ready: float
+    """From the last page sent to READY received."""
+    ready: wire.Ready
+    digest: int
+
+
+@dataclass(frozen=True, slots=True)
+class HandedOver:
+    """The destination's answer to COMMIT, and what the blackout took. ``to_running`` from COMMIT sent, in ms."""
+
+    running: wire.Running
+    to_running: float
+    total: float
+
+
+def switch_over(
+    machine: Migratable, channel: Channel, precopy: PreCopy, sink: StreamSink, *, autostart: bool
+) -> Switched:
+    """Pause, save, send what is left, and wait until the destination has loaded and compared it.
+
+    Raises :class:`MigrationError` when the guest has ended by itself, :class:`PeerFailed` when the destination refuses.
+    """
+    watch = Stopwatch()
+    machine.pause(RunState.FINISH_MIGRATE)
+    stop = watch.lap()
+    refuse_ended(machine)
+    payloads = [encode(section) for section in machine.save()]
+    state = watch.lap()
+    # Sections go first, so that the destination loads them while the last pages travel.
+    marker = wire.Round(len(precopy.records), sink.pages_sent, 0, 0, sections=len(payloads))
+    sections = [(FrameKind.SECTION, payload) for payload in payloads]
+    channel.send_payloads([(FrameKind.ROUND, marker.to_payload()), *sections])
+    watch.lap()
+    # Saving may write guest memory (a device completes what is under way): the last sync comes after it.
+    precopy.last_round()
+    last_pages = watch.lap()
+    memory = machine.memory
+    end = wire.End(sink.pages_sent, sink.pages_cleared, memory.digest, memory.nr_hashed, autostart)
+    channel.send_payloads([(FrameKind.END, end.to_payload())])
+    ready = wire.Ready.from_payload(expect(channel, FrameKind.READY).payload)
+    if (ready.digest, ready.nr_hashed) != (end.digest, end.nr_hashed):
+        raise BadChecksum(f"{channel.peer} holds other pages than were sent ({ready.digest:#x}, here {end.digest:#x})")
+    return Switched(watch, stop, state, last_pages, watch.lap(), ready, end.digest)
+
+
+def commit(channel: Channel, epoch: int, watch: Stopwatch) -> HandedOver | wire.Answer:
+    """Send COMMIT and wait for its answer. Whatever this raises, the guest may run at the destination."""
+    watch.lap()
+    channel.send_payloads([(FrameKind.COMMIT, wire.commit_payload(epoch))])
+    frame = channel.recv()
+    if frame.kind == FrameKind.RUNNING:
+        to_running, total = watch.lap(), watch.total()
+        return HandedOver(wire.Running.from_payload(frame.payload), to_running, total)
+    if frame.kind == FrameKind.ANSWER:
+        return wire.Answer.from_payload(frame.payload)
+    raise unexpected(frame, "waiting for RUNNING")
+
+
+def say_done(channel: Channel) -> None:
+    """The decision has arrived: the other side may forget it."""
+    channel.send_payloads([(FrameKind.DONE, pack({}))])
+
+
+def expect(channel: Channel, kind: FrameKind, timeout_ms: float | None = None) -> Frame:
+    """The next frame, which must be of ``kind``; FAILED becomes :class:`PeerFailed`."""
+    frame = channel.recv(timeout_ms)
+    if frame.kind == FrameKind.FAILED:
+        raise wire.Failed.from_payload(frame.payload).to_error(channel.peer)
+    if frame.kind != kind:
+        raise unexpected(frame, f"waiting for {kind.name}")
+    return frame
+
+
+def refuse_ended(machine: Migratable) -> None:
+    """Raise :class:`MigrationError` when the guest has ended by itself: there is nothing to move any more."""
+    if machine.runstate in ENDED:
+        raise MigrationError(f"the guest ended ({machine.runstate.value}) while it was being migrated")
+
+
+def downtime_parts(switched: Switched, handed_over: HandedOver) -> Downtime:
+    """The blackout in parts that sum up to the total of the source's clock; see :class:`Downtime`."""
+    load = min(switched.ready.load_ms, switched.until_ready)
+    resume = min(handed_over.running.resume_ms, handed_over.to_running)
+    explained = switched.stop + switched.state + switched.last_pages + load + resume
+    return Downtime(
+        stop=switched.stop,
+        last_pages=switched.last_pages,
+        state=switched.state,
+        send=max(handed_over.total - explained, 0.0),
+        load=load,
+        resume=resume,
+    )
+
+
+def one_way_ms(handed_over: HandedOver) -> float:
+    """Half of what COMMIT and RUNNING took to travel."""
+    return max(handed_over.to_running - handed_over.running.total_ms, 0.0) / 2

@@ -1,0 +1,191 @@
+"""The stream of one source, frame by frame: the receiver's table of ``wire.py`` as code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from enum import Enum
+
+from ..contract import Builder, Migratable, RunState
+from ..errors import BadChecksum, BadField, TooLarge
+from ..state.fidelity import Fidelity
+from ..state.frame import FrameKind
+from ..state.section import Section, Value, decode, unpack
+from . import wire
+from .blackout import Stopwatch, quiet_interpreter
+from .channel import Channel, Frame, unexpected
+from .custody import Custody
+from .pages import Decompressor
+
+
+class State(Enum):
+    """What is waited for; the value completes the sentence "a … frame may not come while …"."""
+
+    GREETED = "waiting for CONFIG"
+    RECEIVING = "receiving pages"
+    SECTIONS = "receiving sections"
+    LOADED = "receiving the last pages"
+    READY = "waiting for COMMIT"
+    COMMITTED = "the guest runs here already"
+
+
+class Incoming:
+    """One guest on its way in over ``channel``, after both HELLOs.
+
+    ``take_custody`` is called with nothing received yet and the machine built; what it returns decides over the guest.
+    """
+
+    def __init__(
+        self, channel: Channel, hello: wire.Hello, builder: Builder, take_custody: Callable[[], Custody]
+    ) -> None:
+        self._channel = channel
+        self._hello = hello
+        self._builder = builder
+        self._take_custody = take_custody
+        self._decompressor = Decompressor()
+        self._quiet = ExitStack()
+        self._sections: list[Section] = []
+        self._sections_due = 0
+        self._sections_bytes = 0
+        self._load_ms = 0.0
+        self._autostart = True
+        self.state = State.GREETED
+        self.rounds: list[wire.Round] = []
+        self.fidelity = Fidelity()
+        self.machine: Migratable | None = None
+        self.custody: Custody | None = None
+
+    def step(self) -> State:
+        """Take one frame (or any number of uncompressed PAGES) and do what the table says.
+
+        Raises :class:`UnexpectedFrame`, any other :class:`StreamError`, :class:`ChannelError`, :class:`PeerFailed` when
+        the source gave up, and whatever the builder or the machine's load raise.
+        """
+        frame = self._next()
+        if frame.kind == FrameKind.FAILED and self.state is not State.COMMITTED:
+            raise wire.Failed.from_payload(frame.payload).to_error(self._channel.peer)
+        step = STEPS.get((self.state, frame.kind))
+        if step is None:
+            raise unexpected(frame, self.state.value)
+        self.state = step(self, frame)
+        return self.state
+
+    def end_blackout(self) -> None:
+        """Give the interpreter back its manners. Idempotent."""
+        self._quiet.close()
+
+    def run_guest(self) -> None:
+        """Let the guest run, or stay paused as it was at the source. Its custody must be committed."""
+        if self._autostart:
+            self._built().resume()
+        else:
+            self._built().pause(RunState.PAUSED)
+
+    def _next(self) -> Frame:
+        if self.state in (State.RECEIVING, State.LOADED):
+            return self._channel.recv_pages(self._built().memory)
+        return self._channel.recv()
+
+    def _built(self) -> Migratable:
+        assert self.machine is not None, "no state after GREETED is reached without a machine"
+        return self.machine
+
+    def _config(self, frame: Frame) -> State:
+        description = unpack(frame.payload, "a CONFIG frame")
+        if not isinstance(description, dict):
+            raise BadField("CONFIG: expected a map")
+        self._check_identity(description)
+        self.machine = self._builder(description)
+        self.custody = self._take_custody()
+        self._channel.send(FrameKind.ACCEPT, {})
+        return State.RECEIVING
+
+    def _check_identity(self, description: Mapping[str, Value]) -> None:
+        if description.get("uuid") != self._hello.uuid:
+            raise BadField("CONFIG: field 'uuid' is not the one of HELLO")
+
+    def _pages(self, frame: Frame) -> State:
+        # Only compressed ones come this far, with their table checked: C has written the others already.
+        if "zstd" not in self._hello.features:
+            raise BadField("PAGES: compressed, but HELLO did not announce zstd")
+        self._decompressor.apply(self._built().memory, self._channel)
+        return self.state
+
+    def _round(self, frame: Frame) -> State:
+        round_ = wire.Round.from_payload(frame.payload)
+        if not round_.sections:
+            self.rounds.append(round_)
+            return State.RECEIVING
+        self._quiet.enter_context(quiet_interpreter())
+        self._sections_due = round_.sections
+        return State.SECTIONS
+
+    def _section(self, frame: Frame) -> State:
+        self._sections_bytes += len(frame.payload)
+        if self._sections_bytes > wire.MAX_SECTIONS_BYTES:
+            raise TooLarge(f"the sections hold over {wire.MAX_SECTIONS_BYTES} bytes")
+        self._sections.append(decode(frame.payload))
+        if len(self._sections) < self._sections_due:
+            return State.SECTIONS
+        watch = Stopwatch()
+        self.fidelity = self._built().load(self._sections)
+        self.fidelity.require()
+        self._load_ms = watch.lap()
+        return State.LOADED
+
+    def _end(self, frame: Frame) -> State:
+        watch = Stopwatch()
+        end = wire.End.from_payload(frame.payload)
+        memory, incoming = self._built().memory, self._channel.incoming
+        for what, here, there in (
+            ("data pages", incoming.pages_received, end.pages),
+            ("cleared pages", incoming.pages_cleared, end.cleared),
+            ("pages that are not zero", memory.nr_hashed, end.nr_hashed),
+            ("digest of the pages", memory.digest, end.digest),
+        ):
+            if here != there:
+                raise BadChecksum(f"{what}: {here} arrived, the source says {there}: RAM was damaged on its way")
+        self._autostart = end.autostart
+        ready = wire.Ready(
+            memory.digest, memory.nr_hashed, self.fidelity.to_value(), self._load_ms, watch.lap()
+        )
+        # The state comes first: should the send fail half-way, the source may have read it and answer by COMMIT.
+        self.state = State.READY
+        self._channel.send_payloads([(FrameKind.READY, ready.to_payload())])
+        return State.READY
+
+    def _commit(self, frame: Frame) -> State:
+        watch = Stopwatch()
+        epoch = wire.commit_epoch(frame.payload)
+        if epoch != self._hello.epoch:
+            raise BadField(f"COMMIT: field 'epoch' is {epoch}, this attempt is {self._hello.epoch}")
+        assert self.custody is not None, "no state after GREETED is reached without custody"
+        # Journal, then run, then tell: the source may believe nothing that a crash here could make untrue.
+        self.custody.commit()
+        self.state = State.COMMITTED
+        journal_ms = watch.lap()
+        self.run_guest()
+        resume_ms = watch.lap()
+        self.custody.ran()
+        running = wire.Running(journal_ms, resume_ms, watch.total())
+        self._channel.send_payloads([(FrameKind.RUNNING, running.to_payload())])
+        return State.COMMITTED
+
+
+STEPS: Mapping[tuple[State, int], Callable[[Incoming, Frame], State]] = {
+    (State.GREETED, FrameKind.CONFIG): Incoming._config,
+    (State.RECEIVING, FrameKind.PAGES): Incoming._pages,
+    (State.RECEIVING, FrameKind.ROUND): Incoming._round,
+    (State.SECTIONS, FrameKind.SECTION): Incoming._section,
+    (State.LOADED, FrameKind.PAGES): Incoming._pages,
+    (State.LOADED, FrameKind.END): Incoming._end,
+    (State.READY, FrameKind.COMMIT): Incoming._commit,
+}
+
+
+def greet(channel: Channel, frame: Frame, name: str) -> wire.Hello:
+    """Answer the source's HELLO. Raises :class:`BadVersion` for a stream that this program does not read."""
+    hello = wire.Hello.from_payload(frame.payload)
+    back = wire.Hello(wire.FORMAT, hello.features, hello.uuid, hello.epoch, name)
+    channel.send_payloads([(FrameKind.HELLO, back.to_payload())])
+    return hello

@@ -1,0 +1,126 @@
+"""Who owns a guest, in a small file that outlives the process: ``NAME.journal`` in the runtime directory.
+
+It is written with write and rename and without fsync: the writes lie in the blackout, and a crash of the host that
+could lose them also loses the RAM that they speak of. A rename is atomic for whoever reads it after this process died.
+
+What each state says to someone who finds the file, the process that wrote it being gone::
+
+    source       committed   the guest may run at `peer`; the RAM that was here went with the process
+    destination  receiving   it never ran here
+    destination  discarded   it never ran here, and the source may have been told so
+    destination  committed   it was about to run here, or did
+    destination  running     it ran here
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, replace
+from enum import StrEnum
+from pathlib import Path
+
+from ..errors import BadField, HostError, StreamError
+from ..state.section import Fields
+
+MAX_JOURNAL_BYTES = 64 << 10
+
+
+class Role(StrEnum):
+    SOURCE = "source"
+    DESTINATION = "destination"
+
+
+class Entry(StrEnum):
+    """The states of the module's docstring."""
+
+    RECEIVING = "receiving"
+    DISCARDED = "discarded"
+    COMMITTED = "committed"
+    RUNNING = "running"
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """The content of a journal; ``epoch`` names the attempt and ``peer`` the other side's address."""
+
+    name: str
+    uuid: str
+    epoch: int
+    role: Role
+    state: Entry
+    peer: str
+    pid: int
+
+
+class Journal:
+    """The journal of the guest ``name`` in ``directory``; :class:`HostError` where that cannot be read or written."""
+
+    def __init__(self, directory: Path, name: str) -> None:
+        self.path = directory / f"{name}.journal"
+        self._temporary = directory / f".{name}.journal.tmp"
+        self._record: Record | None = None
+
+    def write(self, record: Record) -> None:
+        """Put ``record`` in place of what is there, whole or not at all."""
+        data = json.dumps(asdict(record)).encode()
+        try:
+            fd = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            try:
+                if os.write(fd, data) != len(data):
+                    raise OSError(28, os.strerror(28))
+            finally:
+                os.close(fd)
+            os.rename(self._temporary, self.path)  # noqa: PTH104 (in the blackout: no Path objects are built)
+        except OSError as error:
+            self._temporary.unlink(missing_ok=True)
+            raise HostError(f"the journal {self.path}", error.errno or 5, "free some space there") from None
+        self._record = record
+
+    def advance(self, state: Entry) -> None:
+        """The same record in another state."""
+        if self._record is not None:
+            self.write(replace(self._record, state=state))
+
+    def remove(self) -> None:
+        """The matter is settled. Idempotent; a journal that cannot be removed is left, which only keeps old news."""
+        self._record = None
+        try:
+            self.path.unlink(missing_ok=True)
+        except OSError:
+            return
+
+    def read(self) -> Record | None:
+        """What is there, or None. Raises :class:`StreamError` for a file that is no journal."""
+        try:
+            with self.path.open("rb") as file:
+                data = file.read(MAX_JOURNAL_BYTES + 1)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise HostError(f"the journal {self.path}", error.errno or 5) from None
+        return _decode(data, str(self.path))
+
+
+def _decode(data: bytes, where: str) -> Record:
+    try:
+        value = json.loads(data) if len(data) <= MAX_JOURNAL_BYTES else None
+    except (ValueError, RecursionError):
+        value = None
+    if value is None:
+        raise StreamError(f"{where} is not a journal: remove it if no guest of that name is in doubt")
+    fields = Fields(value, where)
+    role, state = fields.text("role", 16), fields.text("state", 16)
+    if role not in list(Role) or state not in list(Entry):
+        raise BadField(f"{where}: role {role!r} and state {state!r} are not those of a journal")
+    record = Record(
+        fields.text("name", 64),
+        fields.text("uuid", 64),
+        fields.integer("epoch"),
+        Role(role),
+        Entry(state),
+        fields.text("peer", 512),
+        fields.integer("pid", 0, 1 << 32),
+    )
+    fields.done()
+    return record

@@ -1,0 +1,377 @@
+"""The sending side: pre-copy, the switch, and the handover after which the guest is never resumed here by itself.
+
+::
+
+    Source(machine, address, parameters, journal_dir).run()
+
+Whatever fails before COMMIT (the destination, the link, the operator's cancel, this host) leaves the guest as it was:
+running if it ran, logging off, nothing pending, free to be migrated again at once.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+
+from ..config import Address, MigrationParameters
+from ..contract import Migratable, RunState
+from ..errors import (
+    BadField,
+    Cancelled,
+    ChannelError,
+    HostError,
+    KvmigrateError,
+    PeerFailed,
+    PeerTimeout,
+    StateError,
+    StreamError,
+)
+from ..precopy.converge import Decision, Limits
+from ..precopy.ledger import RoundRecord
+from ..precopy.rounds import PreCopy
+from ..state.frame import FrameKind
+from . import wire
+from .abort import Abort
+from .address import connect
+from .asking import DECIDED, Resolved, ask_until_decided
+from .blackout import quiet_interpreter
+from .channel import Channel
+from .handover import (
+    ENDED,
+    HandedOver,
+    Switched,
+    commit,
+    downtime_parts,
+    expect,
+    one_way_ms,
+    refuse_ended,
+    say_done,
+    switch_over,
+)
+from .journal import Entry, Journal, Record, Role
+from .pages import StreamSink
+from .status import MigrationResult, Observer, Silence, Status
+
+LAST_WORD_MS = 300.0
+"""How long a failed connection is listened to for the other side's reason."""
+BUILD_MS_PER_GIB = 1000.0
+"""What a destination may take, beyond the timeout, to build and touch each GiB of guest memory."""
+
+
+class Source:
+    """One outgoing migration of ``machine``; used once. Other threads may call :meth:`cancel`, :meth:`resolve` and
+    :meth:`query` at any time.
+
+    ``ask_for_ms`` bounds how long a destination is asked who owns the guest when the answer to COMMIT is lost (None:
+    until it says, or the operator does).
+    """
+
+    def __init__(
+        self,
+        machine: Migratable,
+        address: Address,
+        parameters: MigrationParameters,
+        journal_dir: Path,
+        observer: Observer | None = None,
+        *,
+        ask_for_ms: float | None = None,
+    ) -> None:
+        self._machine = machine
+        self._address = address
+        self._parameters = parameters
+        self._observer: Observer = observer if observer is not None else Silence()
+        self._ask_for_ms = ask_for_ms
+        self._config = dict(machine.describe())
+        self._query = wire.Query(str(self._config["uuid"]), time.time_ns())
+        self._name = str(self._config["name"])
+        self._journal = Journal(journal_dir, self._name)
+        self._abort = Abort()
+        self._resolution = Abort()
+        self._channel: Channel | None = None
+        self._precopy: PreCopy | None = None
+        self._result = MigrationResult()
+        self._begin_ns = time.monotonic_ns()
+        self._autostart = False
+        self._pausing = False
+        self._committed = False
+
+    def run(self) -> MigrationResult:
+        """Migrate. Returns when the guest runs at the destination.
+
+        Raises :class:`NotConverged`, :class:`Cancelled`, :class:`PeerFailed`, :class:`MigrationError`,
+        :class:`ChannelError`, :class:`StreamError`, :class:`HostError` or :class:`StateError` with the guest as it was
+        before; and :class:`CommitUnknown`, with the guest paused here, only when ``ask_for_ms`` has passed.
+        """
+        try:
+            with self._rollback():
+                channel = self._setup()
+                precopy, sink = self._copy(channel)
+                with quiet_interpreter():
+                    switched = self._switch_over(channel, precopy, sink)
+                    answer = self._commit(channel, switched)
+            return self._conclude(switched, answer)
+        finally:
+            self._close()
+
+    def cancel(self) -> None:
+        """Stop the migration; the guest goes on here. Raises :class:`StateError` once COMMIT may have been sent."""
+        if not self._abort.fire(Cancelled("cancelled by the operator: the guest runs on here")):
+            raise StateError("handed over (COMMIT was sent)", "still owned by this side")
+        if self._result.status in (Status.SETUP, Status.ACTIVE, Status.DEVICE):
+            self._result = replace(self._result, status=Status.CANCELLING)
+
+    def resolve(self, *, run_here: bool) -> None:
+        """The operator's word on a guest that is ``commit-unknown``: it runs here (it does not and never will at the
+        destination), or it is given up here. Raises :class:`StateError` when nothing is in doubt."""
+        if self._result.status is not Status.COMMIT_UNKNOWN or not self._resolution.fire(Resolved(run_here)):
+            raise StateError(f"not in doubt (migration {self._result.status.value})", "commit-unknown")
+
+    def query(self) -> MigrationResult:
+        """How far it is, or how it ended. From any thread."""
+        result, precopy = self._result, self._precopy
+        if result.status in (Status.SETUP, Status.ACTIVE, Status.DEVICE, Status.CANCELLING, Status.COMMIT_UNKNOWN):
+            result = replace(result, total_ms=self._elapsed_ms())
+        if precopy is None or result.parts is not None:
+            return result
+        return result.at(precopy.progress.view(), precopy.progress.records)
+
+    def _setup(self) -> Channel:
+        """Connect, agree on the version, and have the destination build the machine."""
+        self._enter(Status.SETUP)
+        if self._machine.runstate not in (RunState.RUNNING, RunState.PAUSED, RunState.PRELAUNCH):
+            raise StateError(self._machine.runstate.value, "running or paused")
+        timeout_ms = self._parameters.timeout_ms
+        channel = Channel(
+            connect(self._address, self._abort, timeout_ms), self._abort, timeout_ms, str(self._address)
+        )
+        self._channel = channel
+        features = () if self._parameters.compression.level is None else ("zstd",)
+        hello = wire.Hello(wire.FORMAT, features, self._query.uuid, self._query.epoch, self._name)
+        channel.send_payloads([(FrameKind.HELLO, hello.to_payload())])
+        back = wire.Hello.from_payload(expect(channel, FrameKind.HELLO).payload)
+        if (back.uuid, back.epoch) != (hello.uuid, hello.epoch):
+            raise BadField(f"{channel.peer} answers for another guest ({back.uuid}): is it an old connection?")
+        channel.send(FrameKind.CONFIG, self._config)
+        build_ms = self._machine.memory.size_bytes / (1 << 30) * BUILD_MS_PER_GIB
+        wire.expect_empty(expect(channel, FrameKind.ACCEPT, timeout_ms + build_ms).payload, FrameKind.ACCEPT)
+        return channel
+
+    def _copy(self, channel: Channel) -> tuple[PreCopy, StreamSink]:
+        """Rounds while the guest runs, until the decision to switch."""
+        parameters = self._parameters
+        sink = StreamSink(channel, parameters.compression)
+        limits = Limits(parameters.downtime_limit_ms, parameters.max_rounds, parameters.bandwidth_bytes_s)
+        precopy = PreCopy(
+            self._machine.memory,
+            self._machine.dirty_log,
+            sink,
+            limits,
+            abort_fd=self._abort.fd,
+            timeout_ms=parameters.timeout_ms,
+            observe=self._after_round,
+        )
+        self._precopy = precopy
+        self._result = replace(self._result, setup_ms=self._elapsed_ms())
+        self._enter(Status.ACTIVE)
+        decision = precopy.run()
+        self._result = replace(
+            self._result, why=decision.why, expected_downtime_ms=decision.expected_downtime_ms
+        )
+        return precopy, sink
+
+    def _after_round(self, record: RoundRecord, decision: Decision) -> None:
+        self._tell(lambda: self._observer.round_done(record))
+        self._result = replace(self._result, why=decision.why)
+        self._abort.check()
+        refuse_ended(self._machine)
+        if self._channel is not None and self._channel.pending():
+            expect(self._channel, FrameKind.FAILED)
+
+    def _switch_over(self, channel: Channel, precopy: PreCopy, sink: StreamSink) -> Switched:
+        self._autostart = self._machine.runstate is RunState.RUNNING
+        self._result = replace(self._result, status=Status.DEVICE)
+        bound_ms = max(self._parameters.timeout_ms, 2 * self._parameters.downtime_limit_ms)
+        late = PeerTimeout(f"{channel.peer} took over {bound_ms / 1e3:g} s to take the paused guest over")
+        with self._abort.deadline(bound_ms, late):
+            self._abort.check()
+            self._pausing = True
+            return switch_over(self._machine, channel, precopy, sink, autostart=self._autostart)
+
+    def _commit(self, channel: Channel, switched: Switched) -> HandedOver | wire.Answer | None:
+        """From the journal on there is no way back by ourselves. None: no answer that says who owns the guest."""
+        # The operator's cancel is either seen here or refused from here on; it cannot fall between.
+        self._abort.disarm()
+        # In the journal before it is on the wire: a process that dies between both leaves a doubt, never two guests.
+        self._journal.write(self._record())
+        self._committed = True
+        channel.abort = self._resolution
+        try:
+            return commit(channel, self._query.epoch, switched.watch)
+        except (ChannelError, StreamError):
+            return None
+
+    def _conclude(self, switched: Switched, answer: HandedOver | wire.Answer | None) -> MigrationResult:
+        if isinstance(answer, HandedOver):
+            return self._complete(switched, answer)
+        if answer is None or answer.state not in DECIDED:
+            answer = self._ask_until_decided()
+        elif self._channel is not None:
+            with suppress(ChannelError):
+                say_done(self._channel)
+        if answer.state is wire.Ownership.RUNNING:
+            return self._complete(switched, None)
+        raise self._taken_back(answer.text)
+
+    def _ask_until_decided(self) -> wire.Answer:
+        """Ask over new connections until the destination or the operator decides."""
+        self._enter(Status.COMMIT_UNKNOWN)
+        if self._channel is not None:
+            self._channel.close()
+
+        def note(news: str) -> str:
+            doubt = (
+                f"the guest may run at {self._address} and stays paused here: {news}; see there, then "
+                f"`kvmigrate resolve {self._name} --run` or `--discard`"
+            )
+            self._result = replace(self._result, error=doubt)
+            return doubt
+
+        asked = (self._address, self._query, self._resolution, self._parameters.timeout_ms)
+        return ask_until_decided(*asked, give_up_ms=self._ask_for_ms, note=note)
+
+    def _complete(self, switched: Switched, handed_over: HandedOver | None) -> MigrationResult:
+        """The guest is the destination's."""
+        if handed_over is not None and self._channel is not None:
+            with suppress(ChannelError):
+                say_done(self._channel)
+        self._machine.pause(RunState.POSTMIGRATE)
+        self._result = self._measured(switched, handed_over)
+        self._tell(lambda: self._observer.status(Status.DEVICE))
+        self._enter(Status.COMPLETED)
+        self._journal.remove()
+        self._stop_log()
+        return self._result
+
+    def _measured(self, switched: Switched, handed_over: HandedOver | None) -> MigrationResult:
+        result = replace(
+            self._result,
+            total_ms=self._elapsed_ms(),
+            fidelity=switched.ready.fidelity,
+            digest=switched.digest,
+            error="",
+        )
+        if handed_over is not None:
+            result = replace(
+                result,
+                downtime_ms=handed_over.total,
+                one_way_ms=one_way_ms(handed_over),
+                parts=downtime_parts(switched, handed_over),
+            )
+        if self._precopy is None:
+            return result
+        self._precopy.progress.finish()
+        expected_ms = result.expected_downtime_ms
+        result = result.at(self._precopy.progress.view(), self._precopy.progress.records)
+        return replace(result, expected_downtime_ms=expected_ms)
+
+    def _taken_back(self, text: str) -> BaseException:
+        """The destination gave it up after COMMIT was sent, and has that in its journal: the guest is ours again."""
+        self._committed = False
+        self._journal.remove()
+        return self._undo(
+            PeerFailed(f"{self._address} gave the guest up before it ran there ({text}): it goes on here")
+        )
+
+    @contextmanager
+    def _rollback(self) -> Iterator[None]:
+        """Undo everything, unless COMMIT was sent: resume first, for the guest waits."""
+        try:
+            yield
+        except BaseException as error:
+            if self._committed:
+                raise
+            reason = self._undo(error)
+            if reason is not error:
+                raise reason from error
+            raise
+
+    def _undo(self, error: BaseException) -> BaseException:
+        """The guest as it was before, resumed before anything else, for it waits. Returns the reason to report."""
+        try:
+            self._resume()
+        finally:
+            reason = self._reason(error)
+            self._part(reason)
+            self._stop_log()
+            self._fail(reason)
+        return reason
+
+    def _resume(self) -> None:
+        if not self._pausing or self._machine.runstate in ENDED:
+            return
+        self._pausing = False
+        if self._autostart:
+            self._machine.resume()
+        else:
+            self._machine.pause(RunState.PAUSED)
+
+    def _reason(self, error: BaseException) -> BaseException:
+        """What the destination gave as its reason, when all we saw ourselves is a connection that died."""
+        if self._channel is None or not isinstance(error, ChannelError):
+            return error
+        try:
+            self._channel.abort = self._resolution
+            expect(self._channel, FrameKind.FAILED, LAST_WORD_MS)
+        except PeerFailed as told:
+            return told
+        except KvmigrateError:
+            pass
+        return error
+
+    def _part(self, error: BaseException) -> None:
+        if self._channel is None:
+            return
+        if isinstance(error, PeerFailed | ChannelError):
+            self._channel.close()
+        else:
+            self._channel.close_with(FrameKind.FAILED, wire.Failed.of(error).to_value())
+
+    def _fail(self, error: BaseException) -> None:
+        self._result = replace(
+            self.query(), error=wire.Failed.of(error).text, total_ms=self._elapsed_ms(), parts=None
+        )
+        self._enter(Status.CANCELLED if isinstance(error, Cancelled) else Status.FAILED)
+
+    def _stop_log(self) -> None:
+        # Not in the blackout: it takes the kernel a while. Should it fail, the next start of the log says so.
+        if self._precopy is not None:
+            with suppress(HostError):
+                self._precopy.stop()
+
+    def _enter(self, status: Status) -> None:
+        self._result = replace(self._result, status=status)
+        self._tell(lambda: self._observer.status(status))
+
+    def _record(self) -> Record:
+        query = self._query
+        return Record(
+            self._name, query.uuid, query.epoch, Role.SOURCE, Entry.COMMITTED, str(self._address), os.getpid()
+        )
+
+    def _tell(self, news: Callable[[], None]) -> None:
+        # An observer that raises must not decide over the guest.
+        with suppress(Exception):
+            news()
+
+    def _elapsed_ms(self) -> float:
+        return (time.monotonic_ns() - self._begin_ns) / 1e6
+
+    def _close(self) -> None:
+        if self._channel is not None:
+            self._channel.close()
+        self._abort.close()
+        self._resolution.close()
