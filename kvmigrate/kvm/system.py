@@ -8,6 +8,7 @@ from functools import cached_property
 from .._core import ffi, lib
 from ..errors import HostError, UnsupportedError, check
 from ..state.section import Value
+from .host import Host
 from .lists import read_cpuid, read_indices, read_msrs
 from .vm import Vm
 
@@ -106,4 +107,17 @@ class System:
     def create_vm(self) -> Vm:
         """A new, empty VM. Raises :class:`HostError`."""
         fd = check(lib.kmig_ioctl_value(self.fd, lib.KVM_CREATE_VM, 0), "KVM_CREATE_VM")
-        return Vm(fd, self.vcpu_mmap_bytes, self.msr_indices())
+        return Vm(fd, self.host)
+
+    @cached_property
+    def host(self) -> Host:
+        """All of the above that matters to a VM's state, asked once."""
+        return Host(
+            vcpu_mmap_bytes=self.vcpu_mmap_bytes,
+            supported_cpuid=tuple(self.supported_cpuid()),
+            msr_indices=tuple(self.msr_indices()),
+            has_sregs2=bool(self.check_extension("SREGS2")),
+            can_scale_tsc=bool(self.check_extension("TSC_CONTROL")),
+            has_tsc_deadline=bool(self.check_extension("TSC_DEADLINE_TIMER")),
+            nested_state_bytes=self.check_extension("NESTED_STATE"),
+        )

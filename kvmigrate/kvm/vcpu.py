@@ -11,6 +11,7 @@ from .._core import ffi, lib
 from ..errors import check
 from ..state.section import Value
 from .breakpoints import debug_registers
+from .host import CpuidEntry, Host
 from .lists import read_cpuid, read_msrs, write_cpuid, write_msrs
 from .structs import layout
 
@@ -72,9 +73,13 @@ class Vcpu:
     :class:`BadField` when the value does not fit the struct. They are for a vCPU that is parked or has never run.
     """
 
-    def __init__(self, group: VcpuGroup, fd: int, vcpu_id: int, run_bytes: int, kick: int, xsave_bytes: int) -> None:
+    def __init__(self, group: VcpuGroup, fd: int, vcpu_id: int, kick: int, xsave_bytes: int, host: Host) -> None:
         ret = ffi.new("struct kmig_vcpu **")
+        run_bytes = host.vcpu_mmap_bytes
         check(lib.kmig_vcpu_create(group.handle, fd, run_bytes, kick, ret), f"mapping vCPU {vcpu_id}")
+        self.host = host
+        self.saved_msrs: list[int] | None = None
+        self.offered_cpuid: list[CpuidEntry] = []
         self.fd = fd
         self.id = vcpu_id
         self.handle: Any = ret[0]
@@ -82,6 +87,7 @@ class Vcpu:
         self.run_bytes = run_bytes
         self.xsave_bytes = xsave_bytes
         self._buffers: dict[str, Any] = {}
+        self.native_tsc_khz = self.get_tsc_khz()
 
     def close(self) -> None:
         """Unmap the run area and close the file descriptor; before the group is closed. Idempotent."""
@@ -218,7 +224,22 @@ class Vcpu:
     def set_cpuid2(self, entries: Sequence[Value]) -> None:
         """Set what CPUID tells the guest; only before the vCPU first runs (the kernel refuses later changes)."""
         entry = layout("cpuid_entry2")
-        write_cpuid(self.fd, [entry.pack(e, f"vcpu{self.id}.cpuid[{n}]") for n, e in enumerate(entries)])
+        self.set_cpuid2_packed([entry.pack(e, f"vcpu{self.id}.cpuid[{n}]") for n, e in enumerate(entries)])
+
+    def set_cpuid2_packed(self, packed: Sequence[bytes]) -> None:
+        """Set CPUID from entries that their layout made. What MSRs there are follows from it."""
+        write_cpuid(self.fd, packed)
+        self.saved_msrs = None
+
+    def offer_cpuid(self) -> None:
+        """Give the guest all that the host supports, and remember in ``offered_cpuid`` what the kernel made of it: a
+        backend that runs the guest's CPUID instruction natively shows it more than it says that it supports."""
+        self.set_cpuid2(self.host.supported_cpuid)
+        self.offered_cpuid = self.get_cpuid2()
+
+    def setup_mce(self, mcg_cap: int) -> None:
+        """Give the vCPU machine check banks as ``mcg_cap`` says; resets them."""
+        check(lib.kmig_ioctl(self.fd, lib.KVM_X86_SETUP_MCE, ffi.new("__u64 *", mcg_cap)), "KVM_X86_SETUP_MCE")
 
     def get_tsc_khz(self) -> int:
         """How fast the guest's time stamp counter counts."""

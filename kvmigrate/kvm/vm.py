@@ -8,6 +8,7 @@ from typing import Any
 from .._core import ffi, lib
 from ..errors import HostError, check
 from ..state.section import Value
+from .host import Host
 from .structs import layout
 from .vcpu import Vcpu, VcpuGroup
 
@@ -25,12 +26,19 @@ IDENTITY_MAP_ADDR = 0xFFFBC000
 class Vm:
     """One VM. Every method is one ioctl and raises :class:`HostError` when the kernel refuses it."""
 
-    def __init__(self, fd: int, vcpu_mmap_bytes: int, msr_indices: list[int]) -> None:
+    def __init__(self, fd: int, host: Host) -> None:
         self.fd = fd
+        self.host = host
         self.vcpus: list[Vcpu] = []
         self.group = VcpuGroup()
-        self.msr_indices = msr_indices
-        self._vcpu_mmap_bytes = vcpu_mmap_bytes
+        self._enable_full_state()
+
+    def _enable_full_state(self) -> None:
+        """Without these two, KVM_GET_VCPU_EVENTS hides the payload of a pending exception (the CR2 of a page fault) and
+        a pending triple fault (KVM api.rst, KVM_CAP_EXCEPTION_PAYLOAD, KVM_CAP_X86_TRIPLE_FAULT_EVENT)."""
+        for number in (lib.KVM_CAP_EXCEPTION_PAYLOAD, lib.KVM_CAP_X86_TRIPLE_FAULT_EVENT):
+            if self.check_extension(number):
+                self.enable_cap(number, 1)
 
     def close(self) -> None:
         """Close the vCPUs and the VM; no thread may be in one of them any more. Idempotent."""
@@ -90,17 +98,20 @@ class Vm:
         return check(lib.kmig_ioctl(self.fd, lib.KVM_SIGNAL_MSI, msi), "KVM_SIGNAL_MSI") > 0
 
     def create_vcpu(self, vcpu_id: int, *, kick: int | None = None) -> Vcpu:
-        """A new vCPU in this VM's group. ``kick`` is a KMIG_KICK_…; by default what the kernel can do."""
+        """A new vCPU in this VM's group, with all that the host supports in its CPUID.
+
+        ``kick`` is a KMIG_KICK_…; by default what the kernel can do."""
         fd = check(lib.kmig_ioctl_value(self.fd, lib.KVM_CREATE_VCPU, vcpu_id), "KVM_CREATE_VCPU")
         if kick is None:
             can = self.check_extension(lib.KVM_CAP_IMMEDIATE_EXIT)
             kick = lib.KMIG_KICK_IMMEDIATE_EXIT if can else lib.KMIG_KICK_SIGNAL_MASK
         try:
-            vcpu = Vcpu(self.group, fd, vcpu_id, self._vcpu_mmap_bytes, kick, self.xsave_bytes)
+            vcpu = Vcpu(self.group, fd, vcpu_id, kick, self.xsave_bytes, self.host)
         except HostError:
             os.close(fd)
             raise
         self.vcpus.append(vcpu)
+        vcpu.offer_cpuid()
         return vcpu
 
     @property

@@ -1,0 +1,95 @@
+"""kvmclock and the time stamp counter across a move: one base for the whole VM.
+
+Policy: the guest's time stands still while it is stopped. kvmclock goes on from the saved value, and the guest's TSC
+with it, so that both agree and no timer sees a jump. Counting the downtime is for who asks for it, since it makes
+monotonic time jump (Firecracker #5809), and needs both hosts' real-time clocks to agree (KVM api.rst, KVM_SET_CLOCK).
+
+The TSC is moved by KVM_VCPU_TSC_OFFSET and not by writing its MSR: vCPUs that are written one after another get
+different offsets (Cloud Hypervisor 993ac5c90), and older kernels take a write within a second of the last for an
+attempt to synchronise (Linux bf328e22e472). The formula is step 6 of Documentation/virt/kvm/devices/vcpu.rst::
+
+    offset_here = offset_there - (kvmclock_there - kvmclock_here) × khz / 10⁶ + (host_tsc_there - host_tsc_here)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .._core import lib
+from ..state.fidelity import Fidelity
+from ..state.section import Fields, Value
+from .structs import layout
+from .vm import Vm
+
+_GOES_ON = "kvmclock goes on from the saved value"
+_MAX_CLOCK_NS = 1 << 62
+_TOLERANCE_NS = 1_000_000_000
+_FLAGS: int = lib.KVM_CLOCK_TSC_STABLE | lib.KVM_CLOCK_REALTIME | lib.KVM_CLOCK_HOST_TSC
+
+
+@dataclass(frozen=True, slots=True)
+class ClockBase:
+    """One instant on both hosts: kvmclock in ns and host TSC in cycles, at the save and after the load."""
+
+    saved_clock_ns: int
+    saved_host_tsc: int
+    clock_ns: int
+    host_tsc: int
+
+    def moved_offset(self, offset: int, tsc_khz: int) -> int:
+        """The TSC offset here of a vCPU that had ``offset`` there, modulo 2**64."""
+        elapsed = (self.clock_ns - self.saved_clock_ns) * tsc_khz // 1_000_000
+        return (offset + elapsed + self.saved_host_tsc - self.host_tsc) % (1 << 64)
+
+
+def save_clock(vm: Vm) -> dict[str, Value]:
+    """kvmclock, and the host's TSC at the same instant (read right after where KVM does not give it)."""
+    clock = vm.get_clock()
+    return {"clock": clock, "host_tsc": _host_tsc(clock)}
+
+
+def _host_tsc(clock: dict[str, Value]) -> int:
+    if clock["flags"] & lib.KVM_CLOCK_HOST_TSC:
+        return int(clock["host_tsc"])
+    return lib.kmig_host_tsc()
+
+
+@dataclass(frozen=True, slots=True)
+class ParsedClock:
+    clock: dict[str, Value]
+    host_tsc: int
+
+
+def parse_clock(fields: Fields, where: str) -> ParsedClock:
+    """Check a saved clock, which is hostile. Raises :class:`BadField`."""
+    clock = fields.mapping("clock")
+    layout("clock_data").pack(clock, f"{where}.clock")
+    inner = Fields(clock, f"{where}.clock")
+    inner.integer("clock", 0, _MAX_CLOCK_NS)
+    inner.integer("flags", 0, _FLAGS)
+    return ParsedClock(clock, fields.integer("host_tsc"))
+
+
+def load_clock(vm: Vm, saved: ParsedClock, fidelity: Fidelity, *, count_downtime: bool = False) -> ClockBase:
+    """Set kvmclock and take the base for every vCPU's TSC. Before any vCPU's state, and before any runs.
+
+    ``count_downtime`` adds the time since the save as the real-time clocks tell it (KVM_CLOCK_REALTIME); where the save
+    has no real time that is refused."""
+    clock = saved.clock
+    counts = bool(count_downtime and clock["flags"] & lib.KVM_CLOCK_REALTIME)
+    if count_downtime and not counts:
+        fidelity.refused("clock.realtime", None, None, "the saved clock has no real time to count the downtime from")
+    vm.set_clock(clock | {"flags": lib.KVM_CLOCK_REALTIME if counts else 0, "host_tsc": 0})
+    now = vm.get_clock()
+    host_tsc = _host_tsc(now)
+    _judge(clock["clock"], now["clock"], counts, fidelity)
+    return ClockBase(clock["clock"], saved.host_tsc, now["clock"], host_tsc)
+
+
+def _judge(saved_ns: int, held_ns: int, counts: bool, fidelity: Fidelity) -> None:
+    if counts and held_ns >= saved_ns:
+        fidelity.adjusted("clock.clock", saved_ns, held_ns, "the downtime is counted, as asked for")
+    elif 0 <= held_ns - saved_ns <= _TOLERANCE_NS:
+        fidelity.adjusted("clock.clock", saved_ns, held_ns, _GOES_ON)
+    else:
+        fidelity.refused("clock.clock", saved_ns, held_ns, "kvmclock did not take the saved value")

@@ -1,0 +1,117 @@
+"""Which MSRs are saved, in which order they are written, and what becomes of one that the target lacks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from .._core import lib
+from ..errors import BadField
+from ..state.fidelity import Fidelity
+from ..state.section import Value
+from . import msr_names as msr
+from .msr_names import msr_index, msr_name
+from .vcpu import Vcpu
+
+MAX_SAVED_MSRS = 1024
+
+# Written first: FEAT_CTL and MISC_ENABLE decide what other MSRs and CPUID may say. ASYNC_PF_INT goes before
+# ASYNC_PF_EN, which would otherwise start without a vector (QEMU, kvm_put_msrs).
+_FIRST = (msr.IA32_FEAT_CTL, msr.IA32_MISC_ENABLE, msr.IA32_TSC_ADJUST, msr.KVM_ASYNC_PF_INT)
+# Written last: the enables of the performance counters, so that none counts while it is being set.
+_LAST = (msr.CORE_PERF_FIXED_CTR_CTRL, msr.CORE_PERF_GLOBAL_CTRL)
+# Not written among the others: the TSC has its own step, and the deadline must follow the TSC and the local APIC,
+# whose mode decides whether the write counts (Firecracker #4666). MCG_CAP is set by an ioctl of its own.
+DEFERRED = (msr.IA32_TSC, msr.IA32_TSC_DEADLINE, msr.IA32_MCG_CAP)
+
+_RESET_VALUES = {
+    msr.IA32_MISC_ENABLE: 1,
+    0x9E: 0x30000,
+    0xCE: 1 << 31,
+    0x277: 0x0007040600070406,
+    lib.MSR_KVM_POLL_CONTROL: 1,
+}
+
+
+def indices_to_save(vcpu: Vcpu) -> list[int]:
+    """Every MSR that this host keeps for the guest: KVM's own list, which is not enough (it lacks MTRRs and machine
+    check banks: Cloud Hypervisor #7944), completed by what the vCPU's own MTRRcap and MCG_CAP announce."""
+    caps = vcpu.get_msrs([msr.MTRR_CAP, msr.IA32_MCG_CAP])
+    nr_var = min(caps.get(msr.MTRR_CAP, 0) & 0xFF, 16)
+    nr_banks = min(caps.get(msr.IA32_MCG_CAP, 0) & 0xFF, msr.MAX_MCE_BANKS)
+    extra = [
+        *msr.MTRR_FIXED,
+        msr.MTRR_DEF_TYPE,
+        *range(msr.MTRR_PHYS_BASE0, msr.MTRR_PHYS_BASE0 + 2 * nr_var),
+        msr.IA32_MCG_CAP,
+        *range(msr.IA32_MC0_CTL, msr.IA32_MC0_CTL + 4 * nr_banks),
+        *range(lib.MSR_KVM_WALL_CLOCK_NEW, lib.MSR_KVM_ASYNC_PF_ACK),
+        msr.IA32_TSC,
+        msr.IA32_TSC_DEADLINE,
+    ]
+    readable = vcpu.get_msrs(dict.fromkeys([*vcpu.host.msr_indices, *extra]))
+    return list(readable)
+
+
+def save_msrs(vcpu: Vcpu) -> dict[str, Value]:
+    """The MSRs by name. Which ones can be read is found out once per vCPU, outside of any downtime if
+    :meth:`Vcpu.prepare` was called."""
+    if vcpu.saved_msrs is None:
+        vcpu.saved_msrs = indices_to_save(vcpu)
+    return {msr_name(index): value for index, value in vcpu.get_msrs(vcpu.saved_msrs).items()}
+
+
+def parse_msrs(value: Value, where: str) -> dict[int, int]:
+    """Check saved MSRs, which are hostile. Raises :class:`BadField`."""
+    if type(value) is not dict or len(value) > MAX_SAVED_MSRS:
+        raise BadField(f"{where}: expected a map of at most {MAX_SAVED_MSRS} MSRs")
+    found: dict[int, int] = {}
+    for name, data in value.items():
+        index = msr_index(name, where)
+        if type(data) is not int or not 0 <= data < 1 << 64:
+            raise BadField(f"{where}.{name}: expected an integer of 64 bits")
+        if index in found:
+            raise BadField(f"{where}: MSR {index:#x} comes twice")
+        found[index] = data
+    return found
+
+
+def in_write_order(values: Mapping[int, int]) -> dict[int, int]:
+    """``values`` without the deferred ones, in the order in which they have to be written."""
+    edges = {*_FIRST, *_LAST, *DEFERRED}
+    order = [*_FIRST, *(index for index in values if index not in edges), *_LAST]
+    return {index: values[index] for index in order if index in values}
+
+
+def load_msrs(vcpu: Vcpu, saved: Mapping[int, int], fidelity: Fidelity, where: str) -> None:
+    """Write every MSR but the deferred ones, read all back and give each its verdict."""
+    _load_mcg_cap(vcpu, saved, fidelity, where)
+    wanted = in_write_order(saved)
+    refused = set(vcpu.set_msrs(wanted))
+    compare_msrs(vcpu, wanted, refused, fidelity, where)
+
+
+def compare_msrs(vcpu: Vcpu, wanted: Mapping[int, int], refused: Iterable[int], fidelity: Fidelity, where: str) -> None:
+    """Read ``wanted`` back. One that the kernel refused to write is exact all the same when it holds the value anyway
+    (a read-only MSR of equal hosts), dropped when it is absent and was at its reset value, else refused."""
+    held = vcpu.get_msrs(wanted)
+    for index, value in wanted.items():
+        name = f"{where}.{msr_name(index)}"
+        if held.get(index) == value:
+            fidelity.exact(name)
+        elif index in held:
+            why = "the kernel refused to write it" if index in refused else "the host took the value and holds another"
+            fidelity.refused(name, value, held[index], why)
+        elif value == _RESET_VALUES.get(index, 0):
+            fidelity.dropped(name, value, "this host has no such MSR, and it was at its reset value")
+        else:
+            fidelity.refused(name, value, None, "this host has no such MSR")
+
+
+def _load_mcg_cap(vcpu: Vcpu, saved: Mapping[int, int], fidelity: Fidelity, where: str) -> None:
+    """MCG_CAP says how many machine check banks there are: it is set before the banks, by KVM_X86_SETUP_MCE."""
+    wanted = saved.get(msr.IA32_MCG_CAP)
+    if wanted is None:
+        return
+    if vcpu.get_msrs([msr.IA32_MCG_CAP]).get(msr.IA32_MCG_CAP) != wanted:
+        vcpu.setup_mce(wanted)
+    compare_msrs(vcpu, {msr.IA32_MCG_CAP: wanted}, (), fidelity, where)
