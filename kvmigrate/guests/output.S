@@ -60,11 +60,12 @@ put_hex:
 line_end:
     mov byte ptr [rdi], 10
     inc rdi
-    mov eax, 1
-1:  xchg eax, [output_lock]
+1:  mov eax, 1
+    xchg eax, [output_lock]
     test eax, eax
     jz 2f
-    pause
+    mov eax, SYS_WAIT                   // until the next timer interrupt: spinning would take time from the holder
+    ud2
     jmp 1b
 2:  lea rsi, [r14 + CPU_LINE]
 3:  mov edx, COM1 + 5
