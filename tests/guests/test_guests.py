@@ -10,6 +10,7 @@ import pytest
 from kvmigrate import guests
 from kvmigrate.errors import ConfigError
 
+from ..oracle.recorder import Recorder
 from .running import run_to_end, running
 
 
@@ -71,8 +72,6 @@ def test_ledger_says_when_a_vcpu_does_not_start(tmp_path: Path) -> None:
 
 
 def test_ledger_echoes_what_the_uart_receives(tmp_path: Path) -> None:
-    from tests.oracle.recorder import Recorder
-
     with Recorder(tmp_path) as recorder:
         log, serial = recorder.listen("guest")
         with running("ledger", "beat=10 irq=1 pages=100", serial):
