@@ -1,0 +1,1 @@
+"""kvmigrate beside QEMU, on this machine, moving and saving the same guest: ``make bench``."""

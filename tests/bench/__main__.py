@@ -1,0 +1,53 @@
+"""``python -m tests.bench``: measure, print the tables, write them and every sample under build/."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from .plan import Group, groups
+from .report import facts, table, verdict
+from .runs import TMPFS, scratch
+from .samples import interleave
+
+OUT = Path("build")
+
+
+def arguments() -> argparse.Namespace:
+    """What the command line asks for."""
+    parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
+    parser.add_argument("--runs", type=int, default=5, help="runs of every row (default 5)")
+    parser.add_argument("--blackout-runs", type=int, default=15, help="runs of the blackout's rows (default 15)")
+    parser.add_argument("--only", default="", help="groups, with commas: full,empty,blackout,save,restore")
+    return parser.parse_args()
+
+
+def measure(group: Group, runs: int) -> str:
+    """Run one group and return its table and what it says of the goal."""
+    print(f"\n{group.title}", file=sys.stderr)
+    interleave(group.rows, runs, lambda text: print(f"  {text}", file=sys.stderr, flush=True))
+    return f"## {group.title}\n\n{table(group)}\n\n{verdict(group)}\n"
+
+
+def main() -> int:
+    """Measure what was asked for. Exit status 1 when a run failed; a missed goal is told, not failed."""
+    asked = arguments()
+    wanted = set(filter(None, asked.only.split(",")))
+    with scratch(TMPFS) as files:
+        chosen = [group for group in groups(files) if not wanted or group.name in wanted]
+        texts = [facts()]
+        for group in chosen:
+            texts.append(measure(group, asked.blackout_runs if group.name == "blackout" else asked.runs))
+    OUT.mkdir(exist_ok=True)
+    text = "\n".join(texts)
+    (OUT / "bench.md").write_text(text)
+    values = {group.name: {row.name: row.to_value() for row in group.rows} for group in chosen}
+    (OUT / "bench.json").write_text(json.dumps({"facts": facts(), "groups": values}, indent=1))
+    print(text)
+    return int(any(row.failures for group in chosen for row in group.rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

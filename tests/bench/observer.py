@@ -1,0 +1,58 @@
+"""Sees from outside when a guest is alive: its serial port is a UNIX socket that the bench listens on."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from pathlib import Path
+
+
+class Heartbeats:
+    """When the bytes of one VM's serial port arrived, on this process's monotonic clock, in nanoseconds.
+
+    The VM connects to ``path``. One thread reads; it keeps the first and the last time, and the longest silence since
+    whoever set it to 0.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.first_ns: int | None = None
+        self.last_ns: int | None = None
+        self.longest_silence_ns = 0
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._listener.bind(str(path))
+        self._listener.listen(1)
+        self._connection: socket.socket | None = None
+        self._alive = threading.Event()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        try:
+            self._connection, _ = self._listener.accept()
+            while self._connection.recv(65536):
+                now = time.monotonic_ns()
+                self.longest_silence_ns = max(self.longest_silence_ns, now - (self.last_ns or now))
+                self.last_ns = now
+                if self.first_ns is None:
+                    self.first_ns = now
+                    self._alive.set()
+        except OSError:
+            pass
+
+    def wait_first(self, timeout_s: float) -> int:
+        """The time of the first byte. Raises TimeoutError."""
+        if not self._alive.wait(timeout_s):
+            raise TimeoutError(f"no heartbeat on {self.path} within {timeout_s} s")
+        assert self.first_ns is not None
+        return self.first_ns
+
+    def close(self) -> None:
+        """Stop listening; the VM's writes fail from now on."""
+        for one in (self._connection, self._listener):
+            if one is not None:
+                try:
+                    one.shutdown(socket.SHUT_RDWR)
+                except OSError:
+                    pass
+                one.close()
