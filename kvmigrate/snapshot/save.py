@@ -94,8 +94,8 @@ def take(
 ) -> SnapshotResult:
     """Save ``machine`` as the snapshot ``directory``, which must not exist; its parent must.
 
-    The machine is running, paused or not yet started, and is so again when this returns or raises, with logging
-    off. ``abort_fd`` is an eventfd that cancels when it is readable (-1: none).
+    The machine is running, paused or not yet started; when this returns or raises it runs again if it did, is paused
+    if it did not, and logging is off. ``abort_fd`` is an eventfd that cancels when it is readable (-1: none).
 
     Raises :class:`SnapshotError` (the directory exists or cannot be written), :class:`NotConverged`,
     :class:`Cancelled`, :class:`StateError`, :class:`HostError`. Nothing is left of the directory then.
@@ -153,6 +153,8 @@ class _Job:
         self._observer = observer
         self._abort_fd = abort_fd
         self._before = machine.runstate
+        # Now, before the guest is paused: a restored one starts by itself if this one ran.
+        self._description = {"autostart": self._before is RunState.RUNNING, **machine.describe()}
         self.precopy = PreCopy(
             machine.memory,
             machine.dirty_log,
@@ -207,7 +209,8 @@ class _Job:
                     self._machine.resume()
                     self.pause_ms = (time.monotonic() - begin) * 1e3
                 else:
-                    self._machine.pause(self._before)
+                    # A guest that was not started yet is a paused one now: there is no way back to PRELAUNCH.
+                    self._machine.pause(RunState.PAUSED)
 
     def _index(self) -> tuple[MemoryIndex, ChunkHashes]:
         """What the page hashes in memory say of the file."""
@@ -226,10 +229,8 @@ class _Job:
 
     def _finish(self, sections: Sequence[Section], index: MemoryIndex, hashes: ChunkHashes) -> int:
         """Write ``state`` and publish; returns its size in bytes."""
-        description = dict(self._machine.describe())
-        description["autostart"] = self._before is RunState.RUNNING
         fd = self._staging.create(STATE_FILE)
-        written = write_all(fd, list(encode_state(description, sections, index, hashes)))
+        written = write_all(fd, list(encode_state(self._description, sections, index, hashes)))
         self._give_up_if_cancelled()
         self._staging.publish()
         self.precopy.progress.finish()

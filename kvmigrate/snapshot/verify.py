@@ -20,6 +20,8 @@ from .verify_memory import Index, Slot, check_frames, check_raw
 
 FORMAT = 1
 MAX_FINDINGS = 1000
+END_OF_TIME_MS = 253_402_300_800_000
+"""The year 10000."""
 _STATE_KINDS = (HELLO, CONFIG, SECTION, MEMORY_INDEX, END)
 
 
@@ -183,6 +185,8 @@ class _Check:
         need(value, {"format": int, "kvmigrate": str, "created_ms": int})
         if not 1 <= value["format"] <= FORMAT:
             raise ValueError(f"format {value['format']}, and only up to {FORMAT} is known")
+        if not 0 <= value["created_ms"] < END_OF_TIME_MS:
+            raise ValueError(f"created_ms {value['created_ms']} is no time")
 
     def _config(self, frame: Frame, value: Any) -> None:
         need(value, {"description": dict})

@@ -80,6 +80,8 @@ class Index:
         nr_pages = sum(slot.nr_pages for slot in slots)
         if value["file"] == "memory.raw" and (value["size_bytes"] != nr_pages * PAGE or value["nr_frames"]):
             raise ValueError(f"{value['size_bytes']} bytes are not {nr_pages} pages")
+        if value["nr_hashed"] > nr_pages:
+            raise ValueError(f"{value['nr_hashed']} pages with data of {nr_pages}")
         plain = {key: value[key] for key in ("file", *numbers)}
         return cls(**plain, slots=slots, hashes=[array("Q") for _ in slots])
 

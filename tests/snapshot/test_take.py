@@ -120,7 +120,7 @@ def test_guest_that_did_not_run_does_not_run_afterwards(
         machine.pause(state)
         machine.fill(10)
         result = take(machine, tmp_path / "s", parameters)
-        assert machine.runstate is state and not machine.ever_ran
+        assert machine.runstate is RunState.PAUSED and not machine.ever_ran
         assert result.pause_ms == 0
         with restored(tmp_path / "s") as copy:
             assert copy.description["autostart"] is False
