@@ -70,7 +70,7 @@ def run(
     serial: Serial = "stdio",
     paused: Paused = False,
 ) -> int:
-    """Run IMAGE as a guest, in the foreground until it ends or has moved.
+    """Run IMAGE as a guest. Stays in the foreground until the guest ends or has moved.
 
     Exit status: 0 powered off, 2 error, 4 crashed, 6 moved away, 8 stopped, 10 asked for a reset, odd: debug-exit.
     """
@@ -87,7 +87,7 @@ def receive(
     paused: Paused = False,
     verbose: Verbose = False,
 ) -> int:
-    """Wait at ADDRESS for one guest, take it over and run it, in the foreground as with run."""
+    """Wait at ADDRESS for one guest and take it over. Stays in the foreground, as run does."""
     from . import machines
 
     return machines.receive(address, name, serial, paused, verbose)
@@ -105,7 +105,7 @@ def send(
     json: Json = False,
     verbose: Verbose = False,
 ) -> int:
-    """Move the running guest NAME to ADDRESS, where kvmigrate receive waits."""
+    """Move the guest NAME to ADDRESS. There, kvmigrate receive waits for it."""
     from . import transfer
 
     return transfer.send(
@@ -135,7 +135,7 @@ def restore(
     paused: Paused = False,
     verbose: Verbose = False,
 ) -> int:
-    """Run the guest that was saved in DIR, in the foreground as with run."""
+    """Run the guest that was saved in DIR. Stays in the foreground, as run does."""
     from . import machines
 
     return machines.restore(directory, name, serial, paused, verbose)
@@ -151,7 +151,7 @@ def list_(json: Json = False) -> int:
 
 @app.command("query")
 def query_(name: Name, json: Json = False, verbose: Verbose = False) -> int:
-    """Show the state of NAME, and its last migration or snapshot."""
+    """Show the state of NAME, and its last job."""
     from . import query
 
     return query.query(name, as_json=json, verbose=verbose)
@@ -175,7 +175,7 @@ def resume(name: Name) -> int:
 
 @app.command()
 def cancel(name: Name) -> int:
-    """Cancel the migration or snapshot of NAME that is under way; the guest runs on."""
+    """Cancel the move or snapshot of NAME. The guest runs on."""
     from . import query
 
     return query.command(name, "x-kvmigrate-cancel", "cancelling")
@@ -191,7 +191,7 @@ def stop(name: Name) -> int:
 
 @app.command()
 def inspect(directory: Directory, json: Json = False) -> int:
-    """Show what the snapshot DIR holds: registers, MSRs, devices, memory ranges."""
+    """Show what the snapshot DIR holds. Registers, MSRs, devices and memory ranges."""
     from . import snapshots
 
     return snapshots.inspect(directory, as_json=json)
@@ -199,7 +199,7 @@ def inspect(directory: Directory, json: Json = False) -> int:
 
 @app.command()
 def verify(directory: Directory, json: Json = False) -> int:
-    """Check all of the snapshot DIR; exit status 1 when something is wrong, with what and where."""
+    """Check all of the snapshot DIR. Exit status 1 when something is wrong, with what and where."""
     from . import snapshots
 
     return snapshots.verify(directory, as_json=json)
@@ -211,7 +211,7 @@ def resolve(
     run: Annotated[bool, typer.Option("--run", help="The guest runs nowhere else: run it here.")] = False,
     discard: Annotated[bool, typer.Option("--discard", help="The guest runs elsewhere: discard it here.")] = False,
 ) -> int:
-    """Settle who owns the guest NAME, after a migration whose outcome never became known here."""
+    """Settle who owns the guest NAME. For a migration whose outcome never became known here."""
     from . import resolve as verb
 
     return verb.resolve(name, run=run, discard=discard)
@@ -219,7 +219,7 @@ def resolve(
 
 @app.command()
 def doctor(json: Json = False) -> int:
-    """Say what this host can and cannot do, and how to mend it; exit status 1 when something needed is missing."""
+    """Say what this host can do and how to mend it. Exit status 1 when something needed is missing."""
     from . import doctor as verb
 
     return verb.doctor(as_json=json)
@@ -230,7 +230,7 @@ def demo(
     memory: Annotated[str, typer.Option(help="Size of guest RAM.")] = "256M",
     verbose: Verbose = False,
 ) -> int:
-    """Move a busy guest from one process to another over TCP, here and now, and check that it never noticed."""
+    """Watch a busy guest move between two processes. Over TCP, with a check that it never noticed."""
     from . import demo as verb
 
     return verb.demo(memory, verbose=verbose)

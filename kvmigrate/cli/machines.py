@@ -34,21 +34,21 @@ def run(
         serial=serial,
         boot=BootConfig(image, method, load_addr, initrd, append),
     )
-    from ..control import session
+    from ..control import processes
 
-    return session.run_machine(config, paused=paused)
+    return processes.run_machine(config, paused=paused)
 
 
 def receive(address: str, name: str, serial: str, paused: bool, verbose: bool) -> int:
     """Wait for a guest and stay with it. Returns the exit status."""
     listen_at = parse_address(address)
-    from ..control import session
+    from ..control import processes
 
-    return session.run_incoming(listen_at, name or default_name(), serial, paused=paused, verbose=verbose)
+    return processes.run_incoming(listen_at, name or default_name(), serial, paused=paused, verbose=verbose)
 
 
 def restore(directory: Path, name: str, serial: str, paused: bool, verbose: bool) -> int:
     """Restore a snapshot and stay with the guest. Returns the exit status."""
-    from ..control import session
+    from ..control import processes
 
-    return session.run_restored(directory, name or default_name(), serial, paused=paused, verbose=verbose)
+    return processes.run_restored(directory, name or default_name(), serial, paused=paused, verbose=verbose)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,9 @@ if TYPE_CHECKING:
 
 POLL_S = 0.22
 """How often progress is asked for: often enough for the eye, too seldom to disturb the VM's process."""
-ENDED = frozenset({"completed", "failed", "cancelled", "commit-unknown"})
+ENDED = frozenset({"completed", "failed", "cancelled"})
+IN_DOUBT_S = 3.0
+"""How long an unknown outcome is waited out before it is reported: the VM goes on asking without us."""
 
 
 def send(
@@ -78,26 +81,41 @@ def _conclude(job: Mapping[str, Any], failure: type[KvmigrateError], *, as_json:
     if as_json:
         show.print_json(job)
     if job["status"] != "completed":
-        raise failure(job.get("error", {}).get("desc") or f"the {job['kind']} ended as {job['status']}")
+        raise failure(_reason(job))
     if not as_json:
         report.job(job, verbose=verbose)
     return 0
+
+
+def _reason(job: Mapping[str, Any]) -> str:
+    told = job.get("error", {}).get("desc") or job.get("result", {}).get("error-desc")
+    return str(told or f"the {job['kind']} ended as {job['status']}")
 
 
 def _watch(vm: Client, what: str) -> Mapping[str, Any]:
     """Follow the job under way until it ends, with a progress bar; Ctrl-C cancels it. Returns its last report."""
     with _bar() as bar:
         task = bar.add_task(what, total=1.0, round=0, rate="", left="", eta="")
+        doubt_since = None
         while True:
             try:
                 job: Mapping[str, Any] = vm.execute("x-kvmigrate-job")
                 _draw(bar, task, job)
-                if job["status"] in ENDED:
+                doubt_since = (doubt_since or time.monotonic()) if job["status"] == "commit-unknown" else None
+                if job["status"] in ENDED or (doubt_since and time.monotonic() - doubt_since > IN_DOUBT_S):
                     return job
-                vm.wait_event(POLL_S)
-                vm.take_events()
+                _pause_until_news(vm)
             except KeyboardInterrupt:
                 vm.execute("x-kvmigrate-cancel")
+
+
+def _pause_until_news(vm: Client) -> None:
+    """Wait for the next look, cut short only by the end: an event in the blackout must not make us disturb it."""
+    deadline = time.monotonic() + POLL_S
+    while (left := deadline - time.monotonic()) > 0:
+        event = vm.wait_event(left)
+        if event is not None and event.get("data", {}).get("status") in ENDED:
+            return
 
 
 def _draw(bar: Progress, task: Any, job: Mapping[str, Any]) -> None:

@@ -62,9 +62,9 @@ def greeting(package: str) -> dict[str, object]:
     return {"QMP": {"version": version, "capabilities": []}}
 
 
-def event(name: str, data: Mapping[str, object] | None = None) -> dict[str, object]:
-    """An event of this moment; ``data`` is left out when there is none."""
-    seconds, nanoseconds = divmod(time.time_ns(), 1_000_000_000)
+def event(name: str, data: Mapping[str, object] | None = None, time_ns: int = 0) -> dict[str, object]:
+    """An event of ``time_ns`` since 1970, 0 being now; ``data`` is left out when there is none."""
+    seconds, nanoseconds = divmod(time_ns or time.time_ns(), 1_000_000_000)
     stamp = {"seconds": seconds, "microseconds": nanoseconds // 1000}
     message: dict[str, object] = {"timestamp": stamp, "event": name}
     return {**message, "data": dict(data)} if data else message

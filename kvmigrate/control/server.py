@@ -57,9 +57,9 @@ class Server:
                 self._idle.set()
             writer.close()
 
-    def emit(self, name: str, data: Mapping[str, object] | None = None) -> None:
-        """Send an event to every client that has negotiated."""
-        message = qmp.event(name, data)
+    def emit(self, name: str, data: Mapping[str, object] | None = None, time_ns: int = 0) -> None:
+        """Send an event to every client that has negotiated; ``time_ns`` since 1970 is when it was, 0 is now."""
+        message = qmp.event(name, data, time_ns)
         for client in self._clients:
             if client.negotiated:
                 client.send(message)

@@ -1,0 +1,145 @@
+"""The one long job that a VM may have under way: a migration out, a migration in, or a snapshot, in a thread."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ..config import SnapshotParameters
+from ..contract import Migratable
+from ..errors import Cancelled, KvmigrateError
+from ..precopy.converge import Decision
+from ..precopy.ledger import RoundRecord
+from ..precopy.progress import Progress, ProgressView
+from ..snapshot import save
+
+ACTIVE, COMPLETED, FAILED, CANCELLING, CANCELLED = "active", "completed", "failed", "cancelling", "cancelled"
+
+Emit = Callable[[str, Mapping[str, Any]], None]
+"""Sends an event; may be called from any thread and never blocks."""
+
+
+class Job:
+    """Work in a thread of its own, with a status in QEMU's words, from its start to long after its end."""
+
+    kind = ""
+
+    def __init__(self, target: str) -> None:
+        self.target = target
+        self.error: BaseException | None = None
+        self._status = ACTIVE
+
+    def start(self, ended: Callable[[Job], None]) -> None:
+        """Begin; ``ended`` is called from the job's thread when it is over."""
+        # A daemon: a job that hangs must not keep the process from ending.
+        self._thread = threading.Thread(target=self._run, args=(ended,), name=self.kind, daemon=True)
+        self._thread.start()
+
+    def _run(self, ended: Callable[[Job], None]) -> None:
+        try:
+            self.work()
+            self._status = COMPLETED
+        except BaseException as error:
+            self.error = error
+            self._status = CANCELLED if isinstance(error, Cancelled) else FAILED
+            if not isinstance(error, KvmigrateError) and os.environ.get("KVMIGRATE_TRACEBACK"):
+                traceback.print_exc(file=sys.stderr)
+        ended(self)
+
+    def work(self) -> None:
+        """Do it all. An exception is its failure."""
+        raise NotImplementedError
+
+    def cancel(self) -> None:
+        """Ask it to end early. Raises :class:`StateError` when it is too late for that."""
+        raise NotImplementedError
+
+    @property
+    def status(self) -> str:
+        return self._status
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def wait(self, timeout_s: float) -> bool:
+        """Whether the thread is over within ``timeout_s``."""
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def progress(self) -> ProgressView | None:
+        """How far it is; None before there is anything to see."""
+        return None
+
+    def result(self) -> Mapping[str, Any] | None:
+        """The figures once it has completed, or so far as they are known."""
+        return None
+
+    def info(self) -> dict[str, Any]:
+        """All of the above for ``x-kvmigrate-job``."""
+        value: dict[str, Any] = {"kind": self.kind, "target": self.target, "status": self.status}
+        view = self.progress()
+        if view is not None:
+            value["progress"] = {key.replace("_", "-"): found for key, found in asdict(view).items()}
+        if self.error is not None:
+            value["error"] = {"class": type(self.error).__name__, "desc": describe(self.error)}
+        result = self.result()
+        if result is not None:
+            value["result"] = dict(result)
+        return value
+
+
+def describe(error: BaseException) -> str:
+    """``error`` in one line for a person."""
+    if isinstance(error, KvmigrateError):
+        return str(error)
+    return f"unexpected {type(error).__name__}: {' '.join(str(error).split())} (KVMIGRATE_TRACEBACK=1 shows where)"
+
+
+class SnapshotJob(Job):
+    """A snapshot of the guest while it runs."""
+
+    kind = "snapshot"
+
+    def __init__(self, machine: Migratable, directory: Path, parameters: SnapshotParameters, emit: Emit) -> None:
+        super().__init__(str(directory))
+        self._machine = machine
+        self._directory = directory
+        self._parameters = parameters
+        self._emit = emit
+        self._abort_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._progress: Progress | None = None
+        self._result: save.SnapshotResult | None = None
+
+    def work(self) -> None:
+        self._emit("X_KVMIGRATE_SNAPSHOT", {"status": ACTIVE})
+        try:
+            self._result = save.take(self._machine, self._directory, self._parameters, self, self._abort_fd)
+            self._emit("X_KVMIGRATE_SNAPSHOT", {"status": COMPLETED})
+        except BaseException as error:
+            self._emit("X_KVMIGRATE_SNAPSHOT", {"status": FAILED, "error-desc": describe(error)})
+            raise
+
+    def cancel(self) -> None:
+        if self._status == ACTIVE:
+            self._status = CANCELLING
+            os.eventfd_write(self._abort_fd, 1)
+
+    def progress(self) -> ProgressView | None:
+        return self._progress.view() if self._progress is not None else None
+
+    def result(self) -> Mapping[str, Any] | None:
+        return self._result.to_value() if self._result is not None else None
+
+    def started(self, progress: Progress) -> None:
+        """The observer's part: copying begins."""
+        self._progress = progress
+
+    def round_ended(self, record: RoundRecord, decision: Decision | None) -> None:
+        """The observer's part: nothing to tell."""

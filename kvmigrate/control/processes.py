@@ -1,0 +1,110 @@
+"""The three ways to become a VM process, each of which stays until its guest ends: boot, restore, receive."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from ..config import MachineConfig
+from ..errors import ControlError
+from ..machine.machine import Machine
+from ..migration.journal import Entry, Journal, Role
+from ..state.fidelity import Fidelity
+from . import runtime
+from .session import STATUS_STOPPED, Exit, Session
+
+ShowFidelity = Callable[[Fidelity], None]
+"""Told what became of every item of state once it is loaded."""
+
+
+class _Stopped(BaseException):
+    """A signal came before the control loop could take it."""
+
+
+def run_machine(config: MachineConfig, *, paused: bool = False) -> int:
+    """Boot ``config`` and stay until the guest ends. Returns the exit status; raises a :class:`KvmigrateError` when it
+    never ran."""
+    with _session(config.name) as session:
+        machine = Machine.create(config)
+        session.adopt(machine)
+        return _live(session, lambda _: _let_go(machine, paused=paused))
+
+
+def _let_go(machine: Machine, *, paused: bool) -> None:
+    machine.start()
+    if not paused:
+        machine.resume()
+
+
+def run_restored(
+    directory: Path, name: str, serial: str, *, paused: bool = False, show: ShowFidelity | None = None
+) -> int:
+    """Restore the snapshot ``directory`` and stay until the guest ends; it stays paused if it was, or if so wanted."""
+    from ..snapshot.load import restore
+
+    with _session(name) as session:
+        restored = restore(directory, lambda value: Machine.build(value, name=name, serial=serial))
+        machine = restored.machine
+        assert isinstance(machine, Machine)
+        session.adopt(machine)
+        if show is not None:
+            show(restored.fidelity)
+        wait = paused or not restored.description["autostart"]
+        return _live(session, lambda _: _restart(machine, paused=wait))
+
+
+def _restart(machine: Machine, *, paused: bool) -> None:
+    machine.start()
+    if paused:
+        machine.pause()
+    else:
+        machine.resume()
+
+
+def _live(session: Session, begin: Callable[[Session], None]) -> int:
+    how: Exit = asyncio.run(session.live(begin))
+    if how.error is not None:
+        raise how.error
+    if how.text:
+        print(f"kvmigrate: {how.text}", file=sys.stderr, flush=True)
+    return how.status
+
+
+@contextmanager
+def _session(name: str) -> Iterator[Session]:
+    """A session that holds ``name``; everything it took is given back at the end, however that comes."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.signal(number, _stopped) for number in numbers]
+    try:
+        claim = runtime.claim(name)
+        session = Session(claim)
+        try:
+            _require_settled(claim)
+            yield session
+        except _Stopped:
+            raise SystemExit(STATUS_STOPPED) from None
+        finally:
+            session.close()
+            claim.release()
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+def _stopped(number: int, frame: FrameType | None) -> None:
+    raise _Stopped(number)
+
+
+def _require_settled(claim: runtime.Claim) -> None:
+    """Refuse a name under which a guest may be running elsewhere while its source's process is gone."""
+    found = Journal(claim.directory, claim.name).read()
+    if found is not None and found.role is Role.SOURCE and found.state is Entry.COMMITTED:
+        raise ControlError(
+            f"the guest {claim.name} was being handed to {found.peer} when its process died: see whether it runs there,"
+            f" then kvmigrate resolve {claim.name} --discard"
+        )

@@ -1,0 +1,268 @@
+"""One VM process: owns the machine, the job under way and the control socket, and decides when and how it all ends.
+
+The main thread runs the control loop. vCPUs and serial back-ends have threads of their own, and so has the one job.
+What those threads tell (run states, events, ends) reaches the loop through a queue that wakes it; a change that lies
+in the blackout does not wake it, but is told with its own time when the next one does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from ..config import Address, MigrationParameters, SnapshotParameters
+from ..contract import RunState
+from ..devices.end import CRASH, RESET, GuestEnd
+from ..errors import KvmigrateError, StateError
+from ..machine.machine import Machine
+from .job import Job, SnapshotJob
+from .outgoing import MigrationJob
+from .runtime import Claim
+from .server import Server
+
+STATUS_ERROR, STATUS_MOVED, STATUS_STOPPED = 2, 6, 8
+SWITCH_INTERVAL_S = 0.0005
+"""How long one Python thread may make another wait: in the blackout each such wait is the guest's."""
+LINGER_S = 30.0
+"""How long the process of a guest that moved away waits for its clients to read the result."""
+FIRST_CLIENT_S = 2.0
+"""How long it waits for one to come when there is none: a script may dial anew for every question."""
+CANCEL_S = 15.0
+
+_QUIET = frozenset({RunState.FINISH_MIGRATE, RunState.SAVE_VM})
+_SHUTDOWN_REASONS = {CRASH: "guest-panic", RESET: "guest-reset"}
+
+
+@dataclass(frozen=True, slots=True)
+class Exit:
+    """How the process ends: its status, a line for whoever watches (or nothing), and the reason for SHUTDOWN."""
+
+    status: int
+    text: str = ""
+    reason: str = ""
+    moved: bool = False
+    error: KvmigrateError | None = None
+
+    @classmethod
+    def of_guest(cls, end: GuestEnd) -> Exit:
+        text = end.text if end.kind in _SHUTDOWN_REASONS else ""
+        return cls(end.exit_status, text, _SHUTDOWN_REASONS.get(end.kind, "guest-shutdown"))
+
+
+class Session:
+    """The live process of one VM, as :mod:`.commands` sees it. All public methods belong to the loop's thread."""
+
+    def __init__(self, claim: Claim) -> None:
+        self.name = claim.name
+        self.package = f"kvmigrate {version('kvmigrate')}"
+        self.parameters = MigrationParameters()
+        self.events_on = False
+        self.machine: Machine | None = None
+        self._claim = claim
+        self._server = Server(self)
+        self._job: Job | None = None
+        self._busy = ""
+        self._queue: deque[tuple[int, str, Any]] = deque()
+        self._ran = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._over: asyncio.Future[Exit] | None = None
+
+    # What the commands ask.
+
+    @property
+    def runstate(self) -> RunState:
+        return self.machine.runstate if self.machine is not None else RunState.INMIGRATE
+
+    @property
+    def job(self) -> str:
+        return self._job.kind if self._job is not None and self._job.alive else self._busy
+
+    def facts(self) -> Mapping[str, Any]:
+        if self.machine is None:
+            return {"uuid": "00000000-0000-0000-0000-000000000000", "memory_bytes": 0, "thread_ids": []}
+        return {
+            "uuid": self.machine.description.uuid,
+            "memory_bytes": self.machine.memory.size_bytes,
+            "thread_ids": self.machine.cpus.thread_ids,
+        }
+
+    async def pause(self) -> None:
+        await self._exclusively("pause", lambda machine: machine.pause(RunState.PAUSED))
+
+    async def resume(self) -> None:
+        await self._exclusively("resume", Machine.resume)
+
+    async def digest(self) -> Mapping[str, Any]:
+        found: Mapping[str, Any] = await self._exclusively("digest", Machine.digest)
+        return found
+
+    async def _exclusively(self, what: str, work: Callable[[Machine], Any]) -> Any:
+        """``work`` in a thread, while commands that touch the machine are refused."""
+        if self.machine is None:
+            raise StateError("waiting for a guest", "there")
+        self._busy = what
+        try:
+            return await asyncio.to_thread(work, self.machine)
+        finally:
+            self._busy = ""
+
+    def quit(self) -> None:
+        self._end(Exit(STATUS_STOPPED, f"VM {self.name} was stopped by the operator", "host-qmp-quit"))
+
+    def start_migration(self, address: Address) -> None:
+        machine = self._require_machine()
+        self.begin(MigrationJob(machine, address, self.parameters, self._claim.directory, self._tell_migration))
+
+    def start_snapshot(self, directory: Path, parameters: SnapshotParameters) -> None:
+        self.begin(SnapshotJob(self._require_machine(), directory, parameters, self._tell))
+
+    def begin(self, job: Job) -> None:
+        """Start ``job``; there is none under way."""
+        self._job = job
+        job.start(lambda ended: self._post("ended", ended))
+
+    def cancel_job(self) -> None:
+        if self._job is not None and self._job.alive:
+            self._job.cancel()
+
+    def migration_info(self) -> Mapping[str, Any]:
+        if self._job is None or self._job.kind == "snapshot":
+            return {}
+        return self._job.result() or {"status": self._job.status}
+
+    def job_info(self) -> Mapping[str, Any]:
+        return self._job.info() if self._job is not None else {"kind": "none"}
+
+    def resolve(self, action: str) -> Mapping[str, Any]:
+        if not isinstance(self._job, MigrationJob) or not self._job.alive:
+            raise StateError(self.runstate.value, "in doubt after a migration")
+        self._job.resolve(run_here=action == "run")
+        return {"action": action}
+
+    def _require_machine(self) -> Machine:
+        if self.machine is None:
+            raise StateError("waiting for a guest", "there")
+        return self.machine
+
+    # What other threads tell.
+
+    def adopt(self, machine: Machine) -> None:
+        """Own ``machine`` from now on. May be called from the thread that receives it."""
+        machine.on_change(self._changed)
+        machine.on_end = lambda end: self._post("end", end)
+        self.machine = machine
+
+    def _changed(self, state: RunState) -> None:
+        self._post("state", state, wake=state not in _QUIET)
+
+    def _tell(self, name: str, data: Mapping[str, Any]) -> None:
+        self._post("event", (name, data))
+
+    def _tell_migration(self, name: str, data: Mapping[str, Any]) -> None:
+        if self.events_on:
+            self._post("event", (name, data))
+
+    def _post(self, what: str, value: Any, *, wake: bool = True) -> None:
+        self._queue.append((time.time_ns(), what, value))
+        if wake and self._loop is not None:
+            try:
+                self._loop.call_soon_threadsafe(self._drain)
+            except RuntimeError:
+                return  # the loop is closed: the process is at its end
+
+    def _drain(self) -> None:
+        while self._queue:
+            time_ns, what, value = self._queue.popleft()
+            if what == "state":
+                self._show_state(value, time_ns)
+            elif what == "event":
+                self._server.emit(value[0], value[1], time_ns)
+            elif what == "end":
+                self._end(Exit.of_guest(value))
+            else:
+                self._job_ended(value)
+
+    def _show_state(self, state: RunState, time_ns: int) -> None:
+        runs = state is RunState.RUNNING
+        if runs != self._ran:
+            self._server.emit("RESUME" if runs else "STOP", None, time_ns)
+        self._ran = runs
+
+    def _job_ended(self, job: Job) -> None:
+        if job.kind == "migration" and self.runstate is RunState.POSTMIGRATE:
+            self._end(Exit(STATUS_MOVED, f"VM {self.name} has moved to {job.target}", moved=True))
+
+    def _end(self, how: Exit) -> None:
+        """The first reason to end counts."""
+        if self._over is not None and not self._over.done():
+            self._over.set_result(how)
+
+    # The life of the process.
+
+    async def live(self, begin: Callable[[Session], None]) -> Exit:
+        """Serve until the guest ends or moves away or is stopped. ``begin`` starts what there is to live for."""
+        self._loop = asyncio.get_running_loop()
+        self._over = self._loop.create_future()
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            self._loop.add_signal_handler(number, self._signalled, number)
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
+        await self._server.start(self._claim.socket_path)
+        try:
+            begin(self)
+            gc.collect()
+            gc.freeze()
+            how = await self._over
+            return await self._wind_down(how)
+        finally:
+            await self._server.close()
+
+    def _signalled(self, number: int) -> None:
+        """The first signal ends in good order; a second one, sent by someone who will not wait, at once."""
+        if self._over is not None and self._over.done():
+            self._claim.release()
+            os._exit(STATUS_STOPPED)
+        name = signal.Signals(number).name
+        self._end(Exit(STATUS_STOPPED, f"VM {self.name} was stopped by {name}", "host-signal"))
+
+    async def _wind_down(self, how: Exit) -> Exit:
+        """Stop what is under way, tell the clients, and let them read what they came for."""
+        job = self._job
+        if job is not None and job.alive:
+            try:
+                job.cancel()
+            except KvmigrateError:
+                pass  # too late: the handover ends one way or the other
+            await asyncio.to_thread(job.wait, CANCEL_S)
+        self._drain()
+        if how.moved:
+            await self._linger()
+        else:
+            self._server.emit("SHUTDOWN", {"guest": how.reason.startswith("guest"), "reason": how.reason})
+        return how
+
+    async def _linger(self) -> None:
+        """The guest is gone, but its last client wants the result."""
+        deadline = time.monotonic() + FIRST_CLIENT_S
+        while not self._server.nr_clients and time.monotonic() < deadline:
+            await asyncio.sleep(0.1)
+        await self._server.wait_idle(LINGER_S)
+
+    def close(self) -> None:
+        """Give the machine back. A job that would not end keeps it, and the process ends without."""
+        if self._job is not None and self._job.alive:
+            self._claim.release()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(STATUS_ERROR)
+        if self.machine is not None:
+            self.machine.close()
