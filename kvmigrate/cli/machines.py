@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from ..config import BootConfig, MachineConfig, parse_boot, parse_size
+from . import report
 from .address import parse_address
 
 
@@ -44,11 +45,13 @@ def receive(address: str, name: str, serial: str, paused: bool, verbose: bool) -
     listen_at = parse_address(address)
     from ..control import processes
 
-    return processes.run_incoming(listen_at, name or default_name(), serial, paused=paused, verbose=verbose)
+    show = report.restored if verbose else None
+    return processes.run_incoming(listen_at, name or default_name(), serial, paused=paused, show=show)
 
 
 def restore(directory: Path, name: str, serial: str, paused: bool, verbose: bool) -> int:
     """Restore a snapshot and stay with the guest. Returns the exit status."""
     from ..control import processes
 
-    return processes.run_restored(directory, name or default_name(), serial, paused=paused, verbose=verbose)
+    show = report.restored if verbose else None
+    return processes.run_restored(directory, name or default_name(), serial, paused=paused, show=show)

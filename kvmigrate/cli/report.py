@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import show
+
+if TYPE_CHECKING:
+    from ..state.fidelity import Fidelity
 
 _PARTS = (
     ("stop", "source", "every vCPU parked"),
@@ -69,12 +72,17 @@ def downtime(parts: Mapping[str, float]) -> None:
     show.table("downtime", ["part", "clock", "time", "what"], rows, right=(2,))
 
 
-def fidelity(value: Mapping[str, Any]) -> None:
+def fidelity(value: Mapping[str, Any], *, stderr: bool = False) -> None:
     """What became of every item of state: the counts, and each item that is not exact."""
     counts = value["counts"]
     title = "state: " + ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
     rows = [[str(cell) for cell in item] for item in value["items"]]
-    show.table(title, ["item", "verdict", "saved", "read back", "why"], rows)
+    show.table(title, ["item", "verdict", "saved", "read back", "why"], rows, stderr=stderr)
+
+
+def restored(found: Fidelity) -> None:
+    """The same of a guest that was just restored here; on standard error, for the guest may have the output."""
+    fidelity(found.to_value(), stderr=True)
 
 
 def summary(value: Mapping[str, Any]) -> str:

@@ -50,7 +50,14 @@ def console(*, stderr: bool = False) -> Console:
     return Console(stderr=stderr, highlight=False, soft_wrap=False)
 
 
-def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[int] = ()) -> None:
+def table(
+    title: str,
+    columns: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    *,
+    right: Sequence[int] = (),
+    stderr: bool = False,
+) -> None:
     """Print a table; ``right`` are the indices of the columns that hold figures. Cells are shown as they are."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
@@ -61,7 +68,7 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, 
         grid.add_column(column, justify="right" if i in right else "left", overflow="fold")
     for row in rows:
         grid.add_row(*(Text(cell) for cell in row))
-    out = console()
+    out = console(stderr=stderr)
     if not out.is_terminal:
         out.width = 200
     out.print(grid)

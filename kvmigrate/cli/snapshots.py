@@ -26,7 +26,7 @@ def verify(directory: Path, *, as_json: bool) -> int:
 
 def inspect(directory: Path, *, as_json: bool) -> int:
     """Print what ``directory`` holds."""
-    from ..kvm.msrs import msr_name
+    from ..kvm.msr_names import msr_name
     from ..snapshot.inspect import inspect as read
 
     value = read(directory, msr_name)

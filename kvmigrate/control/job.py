@@ -13,7 +13,7 @@ from typing import Any
 
 from ..config import SnapshotParameters
 from ..contract import Migratable
-from ..errors import Cancelled, KvmigrateError
+from ..errors import Cancelled, KvmigrateError, StateError
 from ..precopy.converge import Decision
 from ..precopy.ledger import RoundRecord
 from ..precopy.progress import Progress, ProgressView
@@ -59,6 +59,13 @@ class Job:
     def cancel(self) -> None:
         """Ask it to end early. Raises :class:`StateError` when it is too late for that."""
         raise NotImplementedError
+
+    def resolve(self, *, run_here: bool) -> None:
+        """The operator's word on who owns the guest. Raises :class:`StateError` when that is not in doubt."""
+        raise StateError(f"not in doubt ({self.kind} {self.status})", "commit-unknown")
+
+    def close(self) -> None:
+        """The process ends: give back what outlived the work."""
 
     @property
     def status(self) -> str:

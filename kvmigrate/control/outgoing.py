@@ -55,7 +55,7 @@ class MigrationJob(Job):
         self._source.cancel()
 
     def resolve(self, *, run_here: bool) -> None:
-        """The operator says who owns the guest. Raises :class:`StateError` when that is not in doubt."""
+        """The operator's word; see :meth:`Source.resolve`."""
         self._source.resolve(run_here=run_here)
 
     @property

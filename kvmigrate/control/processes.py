@@ -5,16 +5,18 @@ from __future__ import annotations
 import asyncio
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from ..config import MachineConfig
+from ..config import Address, MachineConfig
 from ..errors import ControlError
 from ..machine.machine import Machine
+from ..migration.address import Listener
 from ..migration.journal import Entry, Journal, Role
 from ..state.fidelity import Fidelity
+from ..state.section import Value
 from . import runtime
 from .session import STATUS_STOPPED, Exit, Session
 
@@ -64,6 +66,26 @@ def _restart(machine: Machine, *, paused: bool) -> None:
         machine.pause()
     else:
         machine.resume()
+
+
+def run_incoming(
+    address: Address, name: str, serial: str, *, paused: bool = False, show: ShowFidelity | None = None
+) -> int:
+    """Wait at ``address`` for one guest, take it over and stay until it ends."""
+    with _session(name) as session:
+        listener = Listener(address)
+
+        def build(value: Mapping[str, Value]) -> Machine:
+            machine = Machine.build(value, name=name, serial=serial)
+            session.adopt(machine)
+            # Its threads are there before the source pauses: they would cost time in the blackout.
+            machine.start()
+            return machine
+
+        if show is not None:
+            session.on_arrival = show
+        print(f"kvmigrate: {name} waits for a guest at {listener.address}", file=sys.stderr, flush=True)
+        return _live(session, lambda live: live.receive(listener, build, paused=paused))
 
 
 def _live(session: Session, begin: Callable[[Session], None]) -> int:

@@ -21,11 +21,14 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Address, MigrationParameters, SnapshotParameters
-from ..contract import RunState
+from ..contract import Builder, RunState
 from ..devices.end import CRASH, RESET, GuestEnd
-from ..errors import KvmigrateError, StateError
+from ..errors import KvmigrateError, MigrationError, StateError
 from ..machine.machine import Machine
-from .job import Job, SnapshotJob
+from ..migration.address import Listener
+from ..state.fidelity import Fidelity
+from .incoming import IncomingJob
+from .job import Job, SnapshotJob, describe
 from .outgoing import MigrationJob
 from .runtime import Claim
 from .server import Server
@@ -68,9 +71,12 @@ class Session:
         self.parameters = MigrationParameters()
         self.events_on = False
         self.machine: Machine | None = None
+        self.on_arrival: Callable[[Fidelity], None] = lambda _: None
+        """Told what became of every item of state of a guest that came in."""
         self._claim = claim
         self._server = Server(self)
         self._job: Job | None = None
+        self._jobs: list[Job] = []
         self._busy = ""
         self._queue: deque[tuple[int, str, Any]] = deque()
         self._ran = False
@@ -121,14 +127,20 @@ class Session:
 
     def start_migration(self, address: Address) -> None:
         machine = self._require_machine()
-        self.begin(MigrationJob(machine, address, self.parameters, self._claim.directory, self._tell_migration))
+        self._begin(MigrationJob(machine, address, self.parameters, self._claim.directory, self._tell_migration))
 
     def start_snapshot(self, directory: Path, parameters: SnapshotParameters) -> None:
-        self.begin(SnapshotJob(self._require_machine(), directory, parameters, self._tell))
+        self._begin(SnapshotJob(self._require_machine(), directory, parameters, self._tell))
 
-    def begin(self, job: Job) -> None:
+    def receive(self, listener: Listener, builder: Builder, *, paused: bool) -> None:
+        """Wait on ``listener`` for a guest that ``builder`` builds and adopts."""
+        directory = self._claim.directory
+        self._begin(IncomingJob(listener, builder, directory, self.name, self._tell_migration, paused=paused))
+
+    def _begin(self, job: Job) -> None:
         """Start ``job``; there is none under way."""
         self._job = job
+        self._jobs.append(job)
         job.start(lambda ended: self._post("ended", ended))
 
     def cancel_job(self) -> None:
@@ -144,7 +156,7 @@ class Session:
         return self._job.info() if self._job is not None else {"kind": "none"}
 
     def resolve(self, action: str) -> Mapping[str, Any]:
-        if not isinstance(self._job, MigrationJob) or not self._job.alive:
+        if self._job is None:
             raise StateError(self.runstate.value, "in doubt after a migration")
         self._job.resolve(run_here=action == "run")
         return {"action": action}
@@ -199,8 +211,17 @@ class Session:
         self._ran = runs
 
     def _job_ended(self, job: Job) -> None:
-        if job.kind == "migration" and self.runstate is RunState.POSTMIGRATE:
+        if isinstance(job, IncomingJob):
+            self._guest_arrived(job)
+        elif isinstance(job, MigrationJob) and self.runstate is RunState.POSTMIGRATE:
             self._end(Exit(STATUS_MOVED, f"VM {self.name} has moved to {job.target}", moved=True))
+
+    def _guest_arrived(self, job: IncomingJob) -> None:
+        if job.arrived is not None:
+            self.on_arrival(job.arrived.fidelity)
+        elif job.error is not None:
+            error = job.error if isinstance(job.error, KvmigrateError) else MigrationError(describe(job.error))
+            self._end(Exit(STATUS_ERROR, error=error))
 
     def _end(self, how: Exit) -> None:
         """The first reason to end counts."""
@@ -264,5 +285,7 @@ class Session:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(STATUS_ERROR)
+        for job in self._jobs:
+            job.close()
         if self.machine is not None:
             self.machine.close()

@@ -48,6 +48,7 @@ class Destination:
     """One incoming migration on ``listener``, which it owns and closes; used once.
 
     ``builder`` makes the empty machine; ``name`` is the one under which the guest goes on here, and names the journal.
+    With ``autostart`` false the guest stays paused here even when it ran at the source.
     Other threads may call :meth:`cancel`, :meth:`resolve` and :meth:`query` at any time; :meth:`close` ends it.
     """
 
@@ -61,6 +62,7 @@ class Destination:
         *,
         timeout_ms: float = 10_000.0,
         in_doubt_ms: float = IN_DOUBT_MS,
+        autostart: bool = True,
     ) -> None:
         self._listener = listener
         self._builder = builder
@@ -68,6 +70,7 @@ class Destination:
         self._observer: Observer = observer if observer is not None else Silence()
         self._timeout_ms = timeout_ms
         self._in_doubt_ms = in_doubt_ms
+        self._autostart = autostart
         self._journal = Journal(journal_dir, name)
         self._abort = Abort()
         self._run_here: bool | None = None
@@ -88,6 +91,7 @@ class Destination:
             channel, hello = self._await_source()
             self._channel = channel
             incoming = Incoming(channel, hello, self._builder, lambda: self._take_custody(channel, hello))
+            incoming.may_start = self._autostart
             self._incoming = incoming
             while incoming.step() is not State.COMMITTED:
                 self._follow(incoming.state)

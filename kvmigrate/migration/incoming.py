@@ -49,6 +49,7 @@ class Incoming:
         self._sections_bytes = 0
         self._load_ms = 0.0
         self._autostart = True
+        self.may_start = True
         self.state = State.GREETED
         self.rounds: list[wire.Round] = []
         self.fidelity = Fidelity()
@@ -145,7 +146,7 @@ class Incoming:
         ):
             if here != there:
                 raise BadChecksum(f"{what}: {here} arrived, the source says {there}: RAM was damaged on its way")
-        self._autostart = end.autostart
+        self._autostart = end.autostart and self.may_start
         ready = wire.Ready(
             memory.digest, memory.nr_hashed, self.fidelity.to_value(), self._load_ms, watch.lap()
         )
