@@ -26,10 +26,9 @@ def verify(directory: Path, *, as_json: bool) -> int:
 
 def inspect(directory: Path, *, as_json: bool) -> int:
     """Print what ``directory`` holds."""
-    from ..kvm.msr_names import msr_name
     from ..snapshot.inspect import inspect as read
 
-    value = read(directory, msr_name)
+    value = read(directory)
     if as_json:
         show.print_json(value)
         return 0

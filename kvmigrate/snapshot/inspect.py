@@ -3,35 +3,37 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
 from ..config import PAGE_BYTES
-from ..state.section import Section, Value
+from ..state.section import Value
 from .format import extents
 from .statefile import SavedState, opened, read_state
 
 _VCPU = re.compile(r"vcpu\d+")
 
 
-def inspect(directory: Path, msr_name: Callable[[int], str] = hex) -> dict[str, Value]:
+def inspect(directory: Path) -> dict[str, Value]:
     """Registers, MSRs, devices and memory ranges of the snapshot ``directory``, under the kernel's field names.
 
-    Every value can be written as JSON: bytes are hexadecimal text. Reads ``state`` alone, no memory. ``msr_name`` names
-    an MSR by its index. Raises :class:`SnapshotError`.
+    ``vcpus``, ``vm`` and ``devices`` hold the sections as they were saved, MSRs by name. Every value can be written as
+    JSON: bytes are hexadecimal text. Reads ``state`` alone, no memory. Raises :class:`SnapshotError`.
     """
     with opened(directory) as directory_fd:
         saved = read_state(directory_fd, directory)
-    shown = {part.name: _show_section(part, msr_name) for part in saved.sections}
+    shown = {part.name: {"version": part.version, "body": _plain(dict(part.body))} for part in saved.sections}
+    vcpus = {name: body for name, body in shown.items() if _VCPU.fullmatch(name)}
     return {
         "directory": str(directory),
         "format": saved.hello.format,
         "kvmigrate": saved.hello.kvmigrate,
         "created": datetime.fromtimestamp(saved.hello.created_ms / 1e3, UTC).isoformat(timespec="milliseconds"),
         "description": _plain(dict(saved.description)),
-        "vcpus": {name: body for name, body in shown.items() if _VCPU.fullmatch(name)},
-        "devices": {name: body for name, body in shown.items() if not _VCPU.fullmatch(name)},
+        "vcpus": vcpus,
+        "vm": shown.pop("vm", None),
+        "devices": {name: body for name, body in shown.items() if name not in vcpus},
         "memory": _memory(saved),
     }
 
@@ -62,20 +64,6 @@ def _memory(saved: SavedState) -> dict[str, Value]:
         "digest": f"{index.digest:016x}",
         "slots": slots,
     }
-
-
-def _show_section(part: Section, msr_name: Callable[[int], str]) -> dict[str, Value]:
-    body = dict(part.body)
-    if isinstance(body.get("msrs"), list):
-        body["msrs"] = _named(body["msrs"], msr_name)
-    return {"version": part.version, "body": _plain(body)}
-
-
-def _named(msrs: list[Value], msr_name: Callable[[int], str]) -> Value:
-    """MSRs that are saved as ``[[index, data], …]`` as a map by name; anything else as it is."""
-    if any(not isinstance(row, list) or [type(item) for item in row] != [int, int] for row in msrs):
-        return msrs
-    return {msr_name(index): data for index, data in msrs}
 
 
 def _plain(value: Value) -> Value:

@@ -14,8 +14,8 @@ from __future__ import annotations
 import os
 import select
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -46,8 +46,8 @@ class Observer(Protocol):
         ...
 
     def round_ended(self, record: RoundRecord, decision: Decision | None) -> None:
-        """A round is over, and what was decided after it. The last one, which runs in the pause, comes with None
-        once the guest runs again."""
+        """A round is over, and what was decided after it. The last one comes with None, and of a live snapshot only
+        when the guest runs again."""
         ...
 
 
@@ -244,13 +244,16 @@ class _Job:
             raise Cancelled("cancelled before the snapshot was complete; the guest runs on")
 
     def _tell_start(self) -> None:
-        if self._observer is not None:
-            self._observer.started(self.precopy.progress)
+        self._tell(lambda observer: observer.started(self.precopy.progress))
 
     def _round_ended(self, record: RoundRecord, decision: Decision) -> None:
-        if self._observer is not None:
-            self._observer.round_ended(record, decision)
+        self._tell(lambda observer: observer.round_ended(record, decision))
 
     def _tell_end(self) -> None:
-        if self._observer is not None:
-            self._observer.round_ended(self.precopy.records[-1], None)
+        self._tell(lambda observer: observer.round_ended(self.precopy.records[-1], None))
+
+    def _tell(self, news: Callable[[Observer], None]) -> None:
+        # An observer that raises must not decide over the snapshot.
+        with suppress(Exception):
+            if self._observer is not None:
+                news(self._observer)
