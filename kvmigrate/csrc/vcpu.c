@@ -1,60 +1,13 @@
-#include "core.h"
+#include "vcpu.h"
 
-#include <signal.h>
 #include <stdlib.h>
-#include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
-#include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
 
-// Of the realtime signals, since those queue and nobody sends them by accident. glibc keeps the first few for itself.
-#define KICK_SIGNAL (SIGRTMIN + 7)
-#define KERNEL_SIGSET_BYTES 8   // _NSIG / 8: what KVM_SET_SIGNAL_MASK wants, unlike glibc's larger sigset_t
 #define KMIG_RUN_AGAIN 100      // inside this file: nothing to report, go round
 #define MAX_QUIET_EAGAIN 2
-
-struct kmig_vcpu {
-    struct kmig_vcpus *group;
-    struct kmig_vcpu *next;
-    struct kvm_run *run;
-    size_t run_bytes;
-    int fd;
-    int kick;
-    pid_t tid;               // of its thread; 0 without one
-    bool parked;
-    bool settled;            // nothing half-done in the kernel: never entered, or KVM_RUN said EINTR last
-    unsigned nr_eagain;      // in a row
-    uint64_t nr_entries;
-};
-
-struct kmig_vcpus {
-    pthread_mutex_t lock;    // guards everything below, and of each vCPU: tid, parked, the request to leave KVM_RUN
-    pthread_cond_t stopped;  // a vCPU parked or left
-    pthread_cond_t changed;  // paused or quit changed
-    bool paused;
-    bool quit;
-    int nr_running;          // vCPUs that have a thread and are not parked
-    struct kmig_vcpu *first;
-};
-
-static void on_kick(int signal_number)
-{
-    (void)signal_number;
-}
-
-static int install_handler(void)
-{
-    struct sigaction action = { .sa_handler = on_kick }, old;
-
-    // No SA_RESTART: the signal has to bring KVM_RUN back with EINTR.
-    if (sigaction(KICK_SIGNAL, NULL, &old) < 0)
-        return -errno;
-    if (old.sa_handler != SIG_DFL && old.sa_handler != on_kick)
-        return -EBUSY;
-    return sigaction(KICK_SIGNAL, &action, NULL) < 0 ? -errno : 0;
-}
 
 static int init_monotonic(pthread_cond_t *cond)
 {
@@ -86,7 +39,7 @@ static struct timespec deadline_after(int64_t ns)
 int kmig_vcpus_create(struct kmig_vcpus **ret)
 {
     struct kmig_vcpus *vcpus;
-    int rc = install_handler();
+    int rc = kmig_kick_install();
 
     if (rc < 0)
         return rc;
@@ -193,64 +146,6 @@ uint64_t kmig_vcpu_nr_entries(struct kmig_vcpu *vcpu)
     return __atomic_load_n(&vcpu->nr_entries, __ATOMIC_RELAXED);
 }
 
-// Under the lock. Make the current or the next KVM_RUN return EINTR, once it has completed what was half-done.
-// The order matters: a thread that is about to enter sees the flag, one that has entered is hit by the signal.
-static void request_leave(struct kmig_vcpu *vcpu)
-{
-    if (vcpu->kick == KMIG_KICK_IMMEDIATE_EXIT)
-        __atomic_store_n(&vcpu->run->immediate_exit, 1, __ATOMIC_SEQ_CST);
-    if (vcpu->tid && !vcpu->parked)
-        syscall(SYS_tgkill, getpid(), vcpu->tid, KICK_SIGNAL);
-}
-
-// Under the lock, by the vCPU's own thread when nothing is asked of it any more: take back every request_leave. All
-// senders hold the lock, so none is lost.
-static void withdraw_leave(struct kmig_vcpu *vcpu)
-{
-    static const struct timespec now = { 0, 0 };
-    sigset_t kick;
-
-    if (vcpu->kick == KMIG_KICK_IMMEDIATE_EXIT) {
-        __atomic_store_n(&vcpu->run->immediate_exit, 0, __ATOMIC_SEQ_CST);
-        return;
-    }
-    // The signal is blocked in this thread, so the one that ended KVM_RUN is still pending.
-    sigemptyset(&kick);
-    sigaddset(&kick, KICK_SIGNAL);
-    while (sigtimedwait(&kick, NULL, &now) == KICK_SIGNAL || errno == EINTR)
-        ;
-}
-
-// A vCPU's thread takes no signals but the kick and those that its own faults raise: SIGINT and SIGTERM are for the
-// main thread, which would not wake from a wait for them when they land here.
-static int set_signal_masks(struct kmig_vcpu *vcpu)
-{
-    struct {
-        struct kvm_signal_mask head;
-        uint8_t set[KERNEL_SIGSET_BYTES];
-    } mask;
-    sigset_t blocked;
-
-    sigfillset(&blocked);
-    sigdelset(&blocked, SIGSEGV);
-    sigdelset(&blocked, SIGBUS);
-    sigdelset(&blocked, SIGFPE);
-    sigdelset(&blocked, SIGILL);
-    sigdelset(&blocked, SIGABRT);
-    sigdelset(&blocked, SIGTRAP);
-    sigdelset(&blocked, SIGPROF);
-    sigdelset(&blocked, KICK_SIGNAL);
-    if (vcpu->kick == KMIG_KICK_IMMEDIATE_EXIT)
-        return -pthread_sigmask(SIG_SETMASK, &blocked, NULL);
-    // Open inside KVM_RUN, where the kernel swaps the mask atomically, and nowhere else.
-    mask.head.len = KERNEL_SIGSET_BYTES;
-    memcpy(&mask.head.sigset, &blocked, KERNEL_SIGSET_BYTES);
-    if (ioctl(vcpu->fd, KVM_SET_SIGNAL_MASK, &mask) < 0)
-        return -errno;
-    sigaddset(&blocked, KICK_SIGNAL);
-    return -pthread_sigmask(SIG_SETMASK, &blocked, NULL);
-}
-
 // Make the calling thread the vCPU's.
 static int adopt(struct kmig_vcpu *vcpu, pid_t tid)
 {
@@ -258,12 +153,12 @@ static int adopt(struct kmig_vcpu *vcpu, pid_t tid)
     int rc;
 
     pthread_mutex_lock(&group->lock);
-    rc = vcpu->tid ? -EPERM : set_signal_masks(vcpu);
+    rc = vcpu->tid ? -EPERM : kmig_kick_set_masks(vcpu);
     if (rc == 0) {
         vcpu->tid = tid;
         group->nr_running++;
         if (group->paused || group->quit)
-            request_leave(vcpu);
+            kmig_kick_request(vcpu);
     }
     pthread_mutex_unlock(&group->lock);
     return rc;
@@ -289,7 +184,7 @@ static int park_if_asked(struct kmig_vcpu *vcpu)
         forget_thread(vcpu);
         rc = KMIG_RUN_QUIT;
     } else {
-        withdraw_leave(vcpu);
+        kmig_kick_withdraw(vcpu);
     }
     pthread_mutex_unlock(&group->lock);
     return rc;
@@ -360,7 +255,7 @@ static void request_all(struct kmig_vcpus *vcpus)
     struct kmig_vcpu *vcpu;
 
     for (vcpu = vcpus->first; vcpu; vcpu = vcpu->next)
-        request_leave(vcpu);
+        kmig_kick_request(vcpu);
     pthread_cond_broadcast(&vcpus->changed);
 }
 

@@ -33,8 +33,8 @@ def save_state(vm: Vm) -> tuple[dict[str, Value], list[dict[str, Value]]]:
     :class:`HostError`.
 
     The chips come before the vCPUs' local APICs: the timer goes on ticking, and an interrupt that it raises in between
-    is then in the local APIC that is saved after it. The other way round it would be in neither, or a level-triggered line
-    would wait for ever for the end of an interrupt that no local APIC knows of."""
+    is then in the local APIC that is saved after it. The other way round it would be in neither, or a level-triggered
+    line would wait for ever for the end of an interrupt that no local APIC knows of."""
     body = save_vm(vm)
     return body, [save_vcpu(vcpu) for vcpu in vm.vcpus]
 
