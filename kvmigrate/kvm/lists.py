@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from itertools import chain
 from typing import Any
 
 from .._core import ffi, lib
@@ -50,13 +52,18 @@ def write_cpuid(fd: int, packed: Sequence[bytes]) -> None:
     check(lib.kmig_ioctl(fd, lib.KVM_SET_CPUID2, buffer), "KVM_SET_CPUID2")
 
 
-def _msrs_call(fd: int, request: int, pairs: Sequence[tuple[int, int]]) -> tuple[int, Any]:
-    flat = layout("msr_entry").flat
-    buffer = ffi.new("char[]", _MSRS_HEADER + flat.size * len(pairs))
-    ffi.cast("struct kvm_msrs *", buffer).nmsrs = len(pairs)
+@cache
+def _table(nr_entries: int) -> struct.Struct:
+    """All entries of one call at once: index, value, index, value …"""
+    return struct.Struct("<" + layout("msr_entry").flat.format.removeprefix("<") * nr_entries)
+
+
+def _msrs_call(fd: int, request: int, flat_pairs: Iterable[int], nr_entries: int) -> tuple[int, Any]:
+    table = _table(nr_entries)
+    buffer = ffi.new("char[]", _MSRS_HEADER + table.size)
+    ffi.cast("struct kvm_msrs *", buffer).nmsrs = nr_entries
     view = ffi.buffer(buffer)
-    for n, (index, value) in enumerate(pairs):
-        flat.pack_into(view, _MSRS_HEADER + n * flat.size, index, value)
+    table.pack_into(view, _MSRS_HEADER, *flat_pairs)
     return lib.kmig_ioctl(fd, request, buffer), view
 
 
@@ -65,12 +72,12 @@ def read_msrs(fd: int, indices: Iterable[int]) -> dict[int, int]:
     how many it read: that one is left out and the rest is read by the next call."""
     found: dict[int, int] = {}
     left = list(indices)
-    flat = layout("msr_entry").flat
     while left:
         chunk = left[:_MAX_MSRS_PER_CALL]
-        count, view = _msrs_call(fd, lib.KVM_GET_MSRS, [(index, 0) for index in chunk])
+        count, view = _msrs_call(fd, lib.KVM_GET_MSRS, chain.from_iterable((i, 0) for i in chunk), len(chunk))
         check(count, "KVM_GET_MSRS")
-        found.update(flat.iter_unpack(view[_MSRS_HEADER : _MSRS_HEADER + count * flat.size]))
+        values = _table(len(chunk)).unpack_from(view, _MSRS_HEADER)[1::2]
+        found.update(zip(chunk[:count], values, strict=False))
         left = left[count:] if count == len(chunk) else left[count + 1 :]
     return found
 
@@ -83,7 +90,7 @@ def write_msrs(fd: int, values: Mapping[int, int]) -> list[int]:
     left = list(values.items())
     while left:
         chunk = left[:_MAX_MSRS_PER_CALL]
-        count, _ = _msrs_call(fd, lib.KVM_SET_MSRS, chunk)
+        count, _ = _msrs_call(fd, lib.KVM_SET_MSRS, chain.from_iterable(chunk), len(chunk))
         check(count, "KVM_SET_MSRS")
         if count < len(chunk):
             refused.append(chunk[count][0])

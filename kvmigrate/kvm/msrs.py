@@ -64,14 +64,13 @@ def parse_msrs(value: Value, where: str) -> dict[int, int]:
     """Check saved MSRs, which are hostile. Raises :class:`BadField`."""
     if type(value) is not dict or len(value) > MAX_SAVED_MSRS:
         raise BadField(f"{where}: expected a map of at most {MAX_SAVED_MSRS} MSRs")
-    found: dict[int, int] = {}
-    for name, data in value.items():
-        index = msr_index(name, where)
-        if type(data) is not int or not 0 <= data < 1 << 64:
-            raise BadField(f"{where}.{name}: expected an integer of 64 bits")
-        if index in found:
-            raise BadField(f"{where}: MSR {index:#x} comes twice")
-        found[index] = data
+    indices = [msr_index(name, where) for name in value]
+    values = list(value.values())
+    if {*map(type, values)} - {int} or (values and not 0 <= min(values) <= max(values) < 1 << 64):
+        raise BadField(f"{where}: expected integers of 64 bits")
+    found = dict(zip(indices, values, strict=True))
+    if len(found) < len(indices):
+        raise BadField(f"{where}: an MSR comes twice under two names")
     return found
 
 
@@ -94,6 +93,10 @@ def compare_msrs(vcpu: Vcpu, wanted: Mapping[int, int], refused: Iterable[int], 
     """Read ``wanted`` back. One that the kernel refused to write is exact all the same when it holds the value anyway
     (a read-only MSR of equal hosts), dropped when it is absent and was at its reset value, else refused."""
     held = vcpu.get_msrs(wanted)
+    if held == wanted:
+        for index in wanted:
+            fidelity.exact(f"{where}.{msr_name(index)}")
+        return
     for index, value in wanted.items():
         name = f"{where}.{msr_name(index)}"
         if held.get(index) == value:

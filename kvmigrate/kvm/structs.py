@@ -39,6 +39,8 @@ class Layout:
         self._counts: list[int | None] = []
         self._nested: list[tuple[str, Layout, int, int | None]] = []
         self._flat = struct.Struct(self._build())
+        self._is_plain = not any(self._counts)
+        self._has_bytes = "s" in self._flat.format
         self._keys = {*self._names, *(name for name, *_ in self._nested)}
 
     @property
@@ -79,7 +81,7 @@ class Layout:
     def unpack(self, data: Any, offset: int = 0) -> dict[str, Value]:
         """The struct that starts at ``offset`` of the buffer ``data``."""
         values = self._flat.unpack_from(data, offset)
-        if len(values) == len(self._names):
+        if self._is_plain:
             found = dict(zip(self._names, values, strict=True))
         else:
             found, at = {}, 0
@@ -104,13 +106,7 @@ class Layout:
     def _pack_into(self, data: bytearray, offset: int, value: Value, where: str) -> None:
         if type(value) is not dict or value.keys() != self._keys:
             raise _wrong_keys(value, self._keys, where)
-        values: list[Value] = []
-        for name, count in zip(self._names, self._counts, strict=True):
-            item = value[name]
-            if count is None:
-                values.append(item)
-            else:
-                values += _exact_list(item, count, f"{where}.{name}")
+        values = [value[name] for name in self._names] if self._is_plain else self._flatten(value, where)
         self._write(data, offset, values, where)
         for name, layout, start, count in self._nested:
             inside = f"{where}.{name}"
@@ -120,15 +116,26 @@ class Layout:
                 for n, item in enumerate(_exact_list(value[name], count, inside)):
                     layout._pack_into(data, offset + start + n * layout.size_bytes, item, f"{inside}[{n}]")
 
+    def _flatten(self, value: dict[str, Value], where: str) -> list[Value]:
+        values: list[Value] = []
+        for name, count in zip(self._names, self._counts, strict=True):
+            if count is None:
+                values.append(value[name])
+            else:
+                values += _exact_list(value[name], count, f"{where}.{name}")
+        return values
+
     def _write(self, data: bytearray, offset: int, values: list[Value], where: str) -> None:
-        write: Callable[..., None] = self._flat.pack_into
         # struct takes a bool as an integer, and pads or cuts bytes: neither may pass.
+        if not {*map(type, values)} <= {int, bytes}:
+            raise BadField(f"{where}: a field has a value of the wrong type")
+        write: Callable[..., None] = self._flat.pack_into
         try:
             write(data, offset, *values)
         except struct.error as error:
             raise BadField(f"{where}: a field has a value that its type cannot hold: {error}") from None
-        if bool in map(type, values) or self._flat.unpack_from(data, offset) != tuple(values):
-            raise BadField(f"{where}: a field has a value of the wrong type or length")
+        if self._has_bytes and self._flat.unpack_from(data, offset) != tuple(values):
+            raise BadField(f"{where}: a field of bytes has the wrong length")
 
 
 def _wrong_keys(value: Value, wanted: set[str], where: str) -> BadField:

@@ -79,6 +79,7 @@ class Vcpu:
         check(lib.kmig_vcpu_create(group.handle, fd, run_bytes, kick, ret), f"mapping vCPU {vcpu_id}")
         self.host = host
         self.saved_msrs: list[int] | None = None
+        self.cpuid: list[CpuidEntry] = []
         self.offered_cpuid: list[CpuidEntry] = []
         self.fd = fd
         self.id = vcpu_id
@@ -227,15 +228,17 @@ class Vcpu:
         self.set_cpuid2_packed([entry.pack(e, f"vcpu{self.id}.cpuid[{n}]") for n, e in enumerate(entries)])
 
     def set_cpuid2_packed(self, packed: Sequence[bytes]) -> None:
-        """Set CPUID from entries that their layout made. What MSRs there are follows from it."""
+        """Set CPUID from entries that their layout made, and keep in ``cpuid`` what the kernel made of them: it does
+        not change any more but for bits that follow the guest's own control registers. Which MSRs there are does."""
         write_cpuid(self.fd, packed)
+        self.cpuid = self.get_cpuid2()
         self.saved_msrs = None
 
     def offer_cpuid(self) -> None:
         """Give the guest all that the host supports, and remember in ``offered_cpuid`` what the kernel made of it: a
         backend that runs the guest's CPUID instruction natively shows it more than it says that it supports."""
         self.set_cpuid2(self.host.supported_cpuid)
-        self.offered_cpuid = self.get_cpuid2()
+        self.offered_cpuid = self.cpuid
 
     def setup_mce(self, mcg_cap: int) -> None:
         """Give the vCPU machine check banks as ``mcg_cap`` says; resets them."""

@@ -6,10 +6,10 @@ target/i386/kvm/kvm.c.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..errors import HostError
+from .._core import lib
+from ..errors import BadField, HostError
 from ..state.fidelity import Fidelity
 from ..state.section import Fields, Value
 from . import msr_names as msr
@@ -41,7 +41,7 @@ def save_vcpu(vcpu: Vcpu) -> dict[str, Value]:
     sregs = "sregs2" if vcpu.host.has_sregs2 else "sregs"
     body[sregs] = layout(sregs).unpack(vcpu.get_packed(sregs))
     body["xsave"] = vcpu.get_xsave()
-    body["xcrs"] = vcpu.get_xcrs()
+    body["xcrs"] = trim_xcrs(vcpu.get_xcrs())
     body["debugregs"] = vcpu.get_debugregs()
     body["lapic"] = vcpu.get_lapic()
     if vcpu.host.nested_state_bytes:
@@ -49,7 +49,7 @@ def save_vcpu(vcpu: Vcpu) -> dict[str, Value]:
     body["tsc_khz"] = vcpu.get_tsc_khz()
     if vcpu.has_tsc_offset():
         body["tsc_offset"] = vcpu.get_tsc_offset()
-    body["cpuid"] = vcpu.get_cpuid2()
+    body["cpuid"] = vcpu.cpuid
     body["msrs"] = save_msrs(vcpu)
     body["vcpu_events"] = vcpu.get_vcpu_events()
     return body
@@ -78,7 +78,8 @@ def parse_vcpu(vcpu: Vcpu, body: Value) -> ParsedVcpu:
     sregs = "sregs2" if fields.has("sregs2") else "sregs"
     packed = {name: layout(name).pack(fields.mapping(name), f"{where}.{name}") for name in (sregs, *_STRUCTS)}
     packed["lapic_state"] = layout("lapic_state").pack(fields.mapping("lapic"), f"{where}.lapic")
-    cpuid, cpuid_packed = parse_cpuid(fields.sequence("cpuid", 1024), f"{where}.cpuid")
+    packed["xcrs"] = parse_xcrs(fields.mapping("xcrs"), f"{where}.xcrs")
+    cpuid, cpuid_packed = parse_cpuid(fields.sequence("cpuid", 1024), vcpu.cpuid, f"{where}.cpuid")
     msrs = parse_msrs(fields.mapping("msrs"), f"{where}.msrs")
     nested = fields.blob("nested_state", MAX_NESTED_BYTES) if fields.has("nested_state") else None
     offset = fields.integer("tsc_offset") if fields.has("tsc_offset") else None
@@ -88,7 +89,25 @@ def parse_vcpu(vcpu: Vcpu, body: Value) -> ParsedVcpu:
     return ParsedVcpu(cpuid, cpuid_packed, packed, xsave, nested, msrs, tsc)
 
 
-_STRUCTS = ("regs", "xcrs", "debugregs", "mp_state", "vcpu_events")
+def trim_xcrs(value: dict[str, Value]) -> dict[str, Value]:
+    """The extended control registers that there are, of the 16 that the kernel's struct has room for."""
+    return value | {"xcrs": value["xcrs"][: value["nr_xcrs"]]}
+
+
+def parse_xcrs(value: dict[str, Value], where: str) -> bytes:
+    """Check what :func:`trim_xcrs` left. Raises :class:`BadField`."""
+    fields = Fields(value, where)
+    flags = fields.integer("flags", 0, 0)
+    nr_xcrs = fields.integer("nr_xcrs", 0, lib.KVM_MAX_XCRS)
+    xcrs = fields.sequence("xcrs", nr_xcrs)
+    fields.done()
+    if len(xcrs) != nr_xcrs:
+        raise BadField(f"{where}: nr_xcrs is {nr_xcrs}, but there are {len(xcrs)}")
+    whole = xcrs + [{"xcr": 0, "value": 0}] * (lib.KVM_MAX_XCRS - nr_xcrs)
+    return layout("xcrs").pack({"nr_xcrs": nr_xcrs, "flags": flags, "xcrs": whole}, where)
+
+
+_STRUCTS = ("regs", "debugregs", "mp_state", "vcpu_events")
 
 
 class _Loader:
@@ -102,15 +121,15 @@ class _Loader:
         self.fidelity = Fidelity()
         self.where = f"vcpu{vcpu.id}"
 
-    def step(self, name: str, load: Callable[[str], None]) -> None:
+    def step(self, name: str) -> None:
         where = f"{self.where}.{name}"
         try:
-            load(where)
+            if name in self.parsed.packed:
+                self._struct(name, where)
+            else:
+                getattr(self, f"_{name}")(where)
         except HostError as error:
             self.fidelity.refused(where, None, None, f"the kernel refused it: {error}")
-
-    def struct(self, name: str) -> None:
-        self.step(name, lambda where: self._struct(name, where))
 
     def _struct(self, name: str, where: str) -> None:
         saved = self.parsed.packed[name]
@@ -121,24 +140,25 @@ class _Loader:
         else:
             self.fidelity.compare(where, layout(name).unpack(saved), layout(name).unpack(held))
 
-    def cpuid(self, where: str) -> None:
+    def _cpuid(self, where: str) -> None:
         parsed, vcpu = self.parsed, self.vcpu
         self.fidelity.merge(compare_cpuid(parsed.cpuid, vcpu.offered_cpuid, where))
-        vcpu.set_cpuid2_packed(parsed.cpuid_packed)
-        held = vcpu.get_cpuid2()
+        if parsed.cpuid_packed:
+            vcpu.set_cpuid2_packed(parsed.cpuid_packed)
+        held = vcpu.cpuid
         if held == parsed.cpuid:
             self.fidelity.exact(where)
         else:
             _compare_entries(parsed.cpuid, held, self.fidelity, where)
 
-    def sregs(self, where: str) -> None:
-        name = "sregs2" if "sregs2" in self.parsed.packed else "sregs"
-        if name == "sregs2" and not self.vcpu.host.has_sregs2:
+    def _sregs(self, where: str) -> None:
+        """In the form with the PDPTRs; a save without them comes here by :meth:`_struct`."""
+        if self.vcpu.host.has_sregs2:
+            self._struct("sregs2", where)
+        else:
             self.fidelity.refused(where, "sregs2", "sregs", "this host's kernel lacks KVM_CAP_SREGS2")
-            return
-        self._struct(name, where)
 
-    def nested(self, where: str) -> None:
+    def _nested_state(self, where: str) -> None:
         saved = self.parsed.nested_state
         if saved is None:
             return
@@ -149,53 +169,57 @@ class _Loader:
         self.vcpu.set_nested_state(saved)
         self.fidelity.compare(where, saved, self.vcpu.get_nested_state(size))
 
-    def xsave(self, where: str) -> None:
+    def _xsave(self, where: str) -> None:
         self.vcpu.set_xsave(self.parsed.xsave)
         compare_xsave(self.parsed.xsave, self.vcpu.get_xsave(), self.fidelity, where)
 
-    def lapic(self, where: str) -> None:
+    def _lapic(self, where: str) -> None:
         saved = self.parsed.packed["lapic_state"]
         self.vcpu.set_packed("lapic_state", saved)
         compare_lapic(saved, self.vcpu.get_packed("lapic_state"), self.fidelity, where)
 
-    def tsc_khz(self, where: str) -> None:
+    def _tsc_khz(self, where: str) -> None:
         load_tsc_khz(self.vcpu, self.parsed.tsc.khz, self.fidelity, where)
 
-    def msrs(self, where: str) -> None:
+    def _msrs(self, where: str) -> None:
         load_msrs(self.vcpu, self.parsed.msrs, self.fidelity, where)
         off = load_tsc(self.vcpu, self.parsed.tsc, self.base, self.fidelity, where)
         load_tsc_deadline(self.vcpu, self.parsed.msrs, off, self.fidelity, where)
 
 
-def load_vcpu(vcpu: Vcpu, body: Value, base: ClockBase) -> Fidelity:
-    """Set all of a vCPU that has never run, read every item back and judge it.
+ORDER = (
+    # First: MSRs that depend on CPUID read as 0 otherwise (Linux 6.13, Firecracker #6120), and the kernel takes no
+    # other CPUID any more once the vCPU ran (Linux 5.16).
+    "cpuid",
+    # Before the TSC, whose offset is in scaled cycles.
+    "tsc_khz",
+    # Before the local APIC, which it may change [fc].
+    "mp_state",
+    # EFER and CR4 before nested state, and that before the registers [qemu]; the APIC base before the local APIC, whose
+    # mode it is.
+    "sregs",
+    "nested_state",
+    # Before the events: setting registers clears a pending exception [api].
+    "regs",
+    "xsave",
+    "xcrs",
+    "debugregs",
+    # Before the MSRs: the local APIC's timer mode decides whether TSC_DEADLINE counts [fc #4666].
+    "lapic",
+    # The TSC after the other MSRs, TSC_DEADLINE after the TSC.
+    "msrs",
+    # Last: every step before may change what is pending [fc].
+    "vcpu_events",
+)
+"""The order of a load, which is a rule."""
 
-    Raises :class:`BadField` or :class:`RestoreRefused` before anything is set. The order is a rule:
 
-    1. CPUID first: MSRs that depend on it read as 0 otherwise (Linux 6.13, Firecracker #6120), and it cannot be set any
-       more once the vCPU ran (Linux 5.16).
-    2. TSC frequency before the TSC.
-    3. MP_STATE before the local APIC, which it may change [fc].
-    4. SREGS (EFER, CR4) before nested state, and that before REGS [qemu]; SREGS before the LAPIC, whose mode is the
-       APIC base's.
-    5. REGS before VCPU_EVENTS: setting registers clears a pending exception [api].
-    6. LAPIC before MSRs; the TSC after the other MSRs; TSC_DEADLINE last of them [fc #4666].
-    7. VCPU_EVENTS last, since the steps before it may change what is pending [fc].
-    """
-    load = _Loader(vcpu, parse_vcpu(vcpu, body), base)
-    load.step("cpuid", load.cpuid)
-    load.step("tsc_khz", load.tsc_khz)
-    load.struct("mp_state")
-    load.step("sregs", load.sregs)
-    load.step("nested_state", load.nested)
-    load.struct("regs")
-    load.step("xsave", load.xsave)
-    load.struct("xcrs")
-    load.struct("debugregs")
-    load.step("lapic", load.lapic)
-    load.step("msrs", load.msrs)
-    load.struct("vcpu_events")
-    return load.fidelity
+def load_vcpu(vcpu: Vcpu, parsed: ParsedVcpu, base: ClockBase) -> Fidelity:
+    """Set all of a vCPU that has never run in :data:`ORDER`, read every item back and judge it."""
+    loader = _Loader(vcpu, parsed, base)
+    for name in ORDER:
+        loader.step(name)
+    return loader.fidelity
 
 
 def _compare_entries(saved: list[CpuidEntry], held: list[CpuidEntry], fidelity: Fidelity, where: str) -> None:

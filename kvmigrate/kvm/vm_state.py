@@ -69,11 +69,10 @@ def load_state(vm: Vm, body: Value, vcpu_bodies: Sequence[Value], *, count_downt
     if len(vcpu_bodies) != len(vm.vcpus):
         fidelity.refused("nr_vcpus", len(vcpu_bodies), len(vm.vcpus), "the machine has another number of vCPUs")
         return fidelity
-    for vcpu, saved in zip(vm.vcpus, vcpu_bodies, strict=True):
-        parse_vcpu(vcpu, saved)
+    states = [parse_vcpu(vcpu, saved) for vcpu, saved in zip(vm.vcpus, vcpu_bodies, strict=True)]
     base = load_clock(vm, parsed.clock, fidelity, count_downtime=count_downtime)
-    for vcpu, saved in zip(vm.vcpus, vcpu_bodies, strict=True):
-        fidelity.merge(load_vcpu(vcpu, saved, base))
+    for vcpu, state in zip(vm.vcpus, states, strict=True):
+        fidelity.merge(load_vcpu(vcpu, state, base))
     load_chips(vm, parsed, fidelity)
     return fidelity
 
