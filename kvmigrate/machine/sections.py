@@ -5,29 +5,33 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..errors import BadField
-from ..kvm.vcpu_state import VERSION as VCPU_VERSION
-from ..kvm.vcpu_state import load_vcpu, save_vcpu
-from ..kvm.vm_state import VERSION as VM_VERSION
-from ..kvm.vm_state import load_vm, save_vm
+from ..kvm.vm_state import load_state, save_state
 from ..state.fidelity import Fidelity
 from ..state.section import Section, by_name, require_version
 from .platform import Platform
 
+VERSION = 1
+"""Of the sections of the vCPUs and of the VM; each device counts its own."""
+
 
 def section_names(platform: Platform) -> list[str]:
     """The sections of a machine, in the order in which they are saved."""
-    return [*(f"vcpu{vcpu.id}" for vcpu in platform.vm.vcpus), "vm", *platform.devices]
+    return ["vm", *_vcpu_names(platform), *platform.devices]
+
+
+def _vcpu_names(platform: Platform) -> list[str]:
+    return [f"vcpu{vcpu.id}" for vcpu in platform.vm.vcpus]
 
 
 def save_sections(platform: Platform) -> list[Section]:
-    """The state of everything but RAM. The machine is paused and its devices too.
+    """The state of everything but RAM. The machine is paused, its devices too. Raises :class:`HostError`.
 
-    vCPUs come before the interrupt chips: reading a vCPU's MP state may let it accept a pending INIT or SIPI, which
-    changes its local APIC (KVM's kvm_apic_accept_events). Devices come last; they may write guest memory, so the
-    last sync of the dirty log comes after this.
+    Devices come after the kernel's state: what they still had to say to the interrupt chips was said when they were
+    paused. They may write guest memory, so the last sync of the dirty log comes after this.
     """
-    sections = [Section(f"vcpu{vcpu.id}", VCPU_VERSION, save_vcpu(vcpu)) for vcpu in platform.vm.vcpus]
-    sections.append(Section("vm", VM_VERSION, save_vm(platform.vm)))
+    vm, vcpus = save_state(platform.vm)
+    sections = [Section("vm", VERSION, vm)]
+    sections += [Section(name, VERSION, body) for name, body in zip(_vcpu_names(platform), vcpus, strict=True)]
     return sections + [device.section() for device in platform.devices.values()]
 
 
@@ -35,19 +39,15 @@ def load_sections(platform: Platform, sections: Sequence[Section]) -> Fidelity:
     """Set and read back the state of everything but RAM. Raises :class:`StreamError` before anything is set when a
     section is missing, unknown or of a later version.
 
-    vCPUs first, then the VM's chips and clock: setting a local APIC can move interrupts into the chips' state, and
-    the clock must stand before any vCPU runs. Devices come last, since they drive their interrupt lines again and
-    KVM_SET_IRQCHIP would overwrite what a line did to the chips (Firecracker restores in the same order).
+    Devices come last: they drive their interrupt lines again when they go on, and KVM_SET_IRQCHIP would overwrite what
+    a line did to the chips (Firecracker #5882).
     """
     found = by_name(sections)
     _check_names(platform, found)
-    for name, section in found.items():
-        if name.startswith("vcpu") or name == "vm":
-            require_version(section, VM_VERSION if name == "vm" else VCPU_VERSION)
-    fidelity = Fidelity()
-    for vcpu in platform.vm.vcpus:
-        fidelity.merge(load_vcpu(vcpu, found[f"vcpu{vcpu.id}"].body))
-    fidelity.merge(load_vm(platform.vm, found["vm"].body))
+    vcpu_names = _vcpu_names(platform)
+    for name in ("vm", *vcpu_names):
+        require_version(found[name], VERSION)
+    fidelity = load_state(platform.vm, found["vm"].body, [found[name].body for name in vcpu_names])
     for name, device in platform.devices.items():
         device.load_section(found[name])
         fidelity.compare(name, dict(found[name].body), device.save())
