@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from .recorder import SerialLog
 
@@ -61,7 +62,7 @@ def _count(beats: dict[int, int], line: str, number: int) -> None:
 def _blackouts_ms(sides: Sequence[SerialLog]) -> list[float]:
     spoke = [side for side in sides if side.chunks]
     found = []
-    for source, destination in zip(spoke, spoke[1:], strict=False):
+    for source, destination in pairwise(spoke):
         silence_s = destination.first_s - source.last_s
         if silence_s < -OVERLAP_TOLERANCE_S:
             raise OracleError("heartbeat", f"{source.side} spoke {-silence_s * 1000:.0f} ms after {destination.side}")
