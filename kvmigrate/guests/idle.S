@@ -13,7 +13,10 @@ guest_main:
     mov [param_pages], rax
     call place_pages
     call fill_memory
-    mov rax, 1000                       // one wake per heartbeat
+    cmp qword ptr [param_beat], 0
+    jne 1f
+    mov qword ptr [param_beat], 1
+1:  mov rax, 1000                       // one wake per heartbeat
     xor edx, edx
     div qword ptr [param_beat]
     mov [param_hz], rax

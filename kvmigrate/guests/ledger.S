@@ -15,7 +15,10 @@ guest_main:
     cmp qword ptr [r14 + CPU_INDEX], 0
     jne 1f
     call setup
-    call place_pages
+    cmp qword ptr [param_beat], 0
+    jne 4f
+    mov qword ptr [param_beat], 5
+4:  call place_pages
     call fill_memory
     cmp qword ptr [param_irq], 0
     je 1f
@@ -54,28 +57,37 @@ main_loop:
     jne finish
     call read_clock
     cmp rax, [r14 + CPU_NEXT_BEAT]
-    jae heartbeat
-    cmp qword ptr [param_rate], 0
+    jb 1f
+    call heartbeat
+1:  cmp qword ptr [param_rate], 0
     je work
-    cmp rax, [r14 + CPU_NEXT_WRITE]
+    mov rcx, [r14 + CPU_CLOCK]          // even if the line took so long that the next heartbeat is due
+    cmp rcx, [r14 + CPU_NEXT_WRITE]
     jae timed_work
+    cmp rcx, [r14 + CPU_NEXT_BEAT]
+    jae main_loop
     mov eax, SYS_WAIT
     ud2
     jmp main_loop
 
+// rcx = now.
 timed_work:
-    mov rcx, rax
     mov rax, [tsc_khz]
     xor edx, edx
     div qword ptr [param_rate]
     add rax, [r14 + CPU_NEXT_WRITE]
     call limit_backlog
     mov [r14 + CPU_NEXT_WRITE], rax
+    call update_and_check
+    jmp 1b
 work:
+    call update_and_check
+    jmp main_loop
+
+update_and_check:
     call draw_ticket
     call update_random_page
-    call check_next_page
-    jmp main_loop
+    jmp check_next_page
 
 // rax = when the next thing is due, rcx = now: no further back than MAX_BACKLOG_MS.
 limit_backlog:
@@ -136,7 +148,7 @@ heartbeat:
     inc rbp
     call print_heartbeat
     cmp qword ptr [r14 + CPU_INDEX], 0
-    jne main_loop
+    jne 3f
     cmp qword ptr [param_irq], 0
     je 1f
     call check_ticks
@@ -145,12 +157,12 @@ heartbeat:
     je 2f
     imul rax, [param_seconds], 1000
     test rax, rax
-    jz main_loop
+    jz 3f
     mul qword ptr [tsc_khz]
     cmp [r14 + CPU_CLOCK], rax
-    jb main_loop
+    jb 3f
 2:  mov dword ptr [stop], 1
-    jmp main_loop
+3:  ret
 
 print_heartbeat:
     call line_begin

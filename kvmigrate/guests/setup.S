@@ -281,7 +281,7 @@ param_\name: .quad \default
 parameters:
     parameter cpus, 1                   // vCPUs to use
     parameter hz, 1000                  // LAPIC timer interrupts per second
-    parameter beat, 1                   // milliseconds between two heartbeats
+    parameter beat, 0                   // milliseconds between two heartbeats; 0: 1 in idle, 5 in ledger
     parameter fill, 0                   // MiB of incompressible data
     parameter pages, 1024               // pages under the ledger
     parameter rate, 20                  // updates per millisecond and vCPU; 0: as many as it can

@@ -14,7 +14,15 @@ import msgpack
 from .heartbeat import OracleError
 
 HASH_BYTES = 8
-CLOCKS: tuple[str, ...] = ()
+CLOCKS = (
+    r"vm\.clock\.(clock|host_tsc|realtime):",
+    r"vm\.host_tsc:",
+    r"vm\.pit2\.channels\[\d\]\.count_load_time:",
+    r"vcpu\d+\.msrs\.MSR_IA32_TSC:",
+)
+"""What goes on by itself between two looks, and so may differ; everything else must not."""
+LAPIC_CURRENT_COUNT = slice(0x390, 0x394)
+"""One more clock, inside the bytes of the local APIC's registers."""
 
 
 def load_pairs(directory: Path) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
@@ -65,7 +73,12 @@ def state_differences(out: Mapping[str, Any], into: Mapping[str, Any]) -> list[s
 
 
 def _unpacked(text: str | None) -> Any:
-    return None if text is None else msgpack.unpackb(base64.b64decode(text), strict_map_key=False)
+    body = None if text is None else msgpack.unpackb(base64.b64decode(text), strict_map_key=False)
+    if body and "lapic" in body:
+        registers = bytearray(body["lapic"]["regs"])
+        registers[LAPIC_CURRENT_COUNT] = bytes(4)
+        body["lapic"]["regs"] = bytes(registers)
+    return body
 
 
 def _differences(path: str, left: Any, right: Any) -> Iterator[str]:
