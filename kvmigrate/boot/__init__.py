@@ -8,7 +8,7 @@ from ..memory.region import GuestMemory
 from .detect import detect
 from .entry import EntryState
 from .flat import load_flat
-from .image import Image, read_image
+from .image import MAX_IMAGE_BYTES, Image, read_image
 from .linux import load_linux
 from .multiboot import load_multiboot
 from .plan import LoadPlan
@@ -25,7 +25,7 @@ def load_boot(memory: GuestMemory, boot: BootConfig, memory_bytes: int) -> Entry
 
     All is checked before the first byte is written. Raises :class:`ConfigError`, naming the file.
     """
-    image = read_image(boot.image, "image")
+    image = read_image(boot.image, "image", MAX_IMAGE_BYTES)
     initrd = read_image(boot.initrd, "initrd", memory_bytes) if boot.initrd else None
     plan = LoadPlan(image, memory_bytes)
     entry = _load(plan, boot, initrd)

@@ -16,6 +16,7 @@ ET_EXEC, ET_DYN = 2, 3
 EM_386, EM_X86_64 = 3, 62
 PT_LOAD, PT_NOTE = 1, 4
 MAX_SEGMENTS = 256
+MAX_NOTE_BYTES = 64 << 10
 HEADERS = {32: struct.Struct("<16xHHIIIIIHHH"), 64: struct.Struct("<16xHHIQQQIHHH")}
 PROGRAM_HEADERS = {32: struct.Struct("<8I"), 64: struct.Struct("<IIQQQQQQ")}
 NOTE = struct.Struct("<III")
@@ -97,6 +98,8 @@ def _parse_segment(image: Image, bits: int, fields: tuple[int, ...]) -> Segment:
     if type_ not in (PT_LOAD, PT_NOTE):
         return segment
     image.bytes_at(offset, file_bytes, f"the segment for {paddr:#x}")
+    if type_ == PT_NOTE and file_bytes > MAX_NOTE_BYTES:
+        raise image.error(f"{file_bytes:#x} bytes of ELF notes cannot be: is the file damaged?")
     if type_ == PT_LOAD and file_bytes > memory_bytes:
         raise image.error(
             f"the segment for {paddr:#x} has {file_bytes:#x} bytes in the file but {memory_bytes:#x} in memory"

@@ -32,18 +32,24 @@ class Image:
         return memoryview(self.data)[offset : offset + size]
 
 
-def read_image(path: Path, what: str, max_bytes: int = MAX_IMAGE_BYTES) -> Image:
+def read_image(path: Path, what: str, max_bytes: int) -> Image:
     """Read a regular file of at most ``max_bytes``. Raises :class:`ConfigError`."""
     try:
-        # Without O_NONBLOCK, opening a FIFO would wait for a writer.
-        with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:  # noqa: PTH123
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        with open(path, "rb", opener=_open_at_once) as file:
+            found = os.fstat(file.fileno())
+            if not stat.S_ISREG(found.st_mode):
                 raise ConfigError(f"{path}: the {what} is not a regular file")
-            data = file.read(max_bytes + 1)
+            data = file.read(max_bytes + 1) if found.st_size <= max_bytes else None
     except OSError as error:
         raise ConfigError(f"{path}: the {what} cannot be read: {error.strerror}") from error
-    if len(data) > max_bytes:
+    # The size that was told is not trusted: the file may grow while it is read.
+    if data is None or len(data) > max_bytes:
         raise ConfigError(f"{path}: the {what} is larger than {max_bytes} bytes")
     if not data:
         raise ConfigError(f"{path}: the {what} is empty")
     return Image(path, data)
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Opening a FIFO without O_NONBLOCK would wait for a writer."""
+    return os.open(path, flags | os.O_NONBLOCK)
