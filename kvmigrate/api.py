@@ -1,0 +1,127 @@
+"""The public functions: one call each to send, receive, snapshot and restore a machine of this process.
+
+The command line adds names, a control socket and a terminal to these; a program that embeds guests needs none of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from .config import Address, MigrationParameters, SnapshotParameters
+from .control.runtime import open_runtime_dir
+from .machine.machine import Machine
+from .migration.address import Listener
+from .migration.destination import Destination
+from .migration.source import Source
+from .migration.status import MigrationResult
+from .snapshot.load import restore as load_snapshot
+from .snapshot.save import SnapshotResult, take
+from .state.fidelity import Fidelity
+from .state.section import Value
+
+
+def send(
+    machine: Machine,
+    address: str,
+    parameters: MigrationParameters | None = None,
+    *,
+    journal_dir: Path | None = None,
+    ask_for_ms: float | None = None,
+) -> MigrationResult:
+    """Migrate a running ``machine`` to who receives at ``address`` (``tcp://HOST:PORT`` or ``unix:///PATH``).
+
+    Blocks until the guest runs there; ``machine`` is then paused for good: close it. On any error the guest runs on
+    here, but for :class:`CommitUnknown`: then it is paused and its ownership in doubt, after ``ask_for_ms`` of asking.
+    ``journal_dir`` holds the record of who owns the guest; by default the runtime directory.
+    """
+    directory = journal_dir or open_runtime_dir()
+    source = Source(
+        machine, Address.parse(address), parameters or MigrationParameters(), directory, ask_for_ms=ask_for_ms
+    )
+    return source.run()
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """A guest that arrived and is owned by this process, running unless it was paused at its source.
+
+    :meth:`close` ends it. Keep this object: it also answers a source that did not hear that its guest arrived.
+    """
+
+    machine: Machine
+    fidelity: Fidelity
+    destination: Destination
+
+    def close(self) -> None:
+        """End the guest and stop answering. Idempotent."""
+        self.destination.close()
+        self.machine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def receive(
+    address: str,
+    *,
+    name: str | None = None,
+    serial: str = "null",
+    journal_dir: Path | None = None,
+    paused: bool = False,
+) -> Received:
+    """Wait at ``address`` for one guest and take it over; ``name`` and ``serial`` are its own here.
+
+    Raises the reason when the guest did not arrive: then it still is at its source and nothing of it is here.
+    """
+    built: list[Machine] = []
+
+    def build(description: Mapping[str, Value]) -> Machine:
+        built.append(Machine.build(description, name=name, serial=serial))
+        return built[0]
+
+    destination = Destination(
+        Listener(Address.parse(address)),
+        build,
+        journal_dir or open_runtime_dir(),
+        name or "received",
+        autostart=not paused,
+    )
+    arrived = destination.run()
+    return Received(built[0], arrived.fidelity, destination)
+
+
+def take_snapshot(
+    machine: Machine, directory: Path, parameters: SnapshotParameters | None = None
+) -> SnapshotResult:
+    """Save a machine to ``directory``, which must not exist, while its guest runs; it runs on afterwards, whatever
+    happened. (Not called ``snapshot``: that is the package's name.) See :func:`kvmigrate.snapshot.save.take`."""
+    return take(machine, directory, parameters or SnapshotParameters())
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """A machine that holds what a snapshot held and has not run yet, and what became of each item of its state."""
+
+    machine: Machine
+    fidelity: Fidelity
+
+
+def restore(directory: Path, *, name: str | None = None, serial: str = "null") -> Restored:
+    """Make the machine that ``directory`` holds; call :meth:`Machine.start` and :meth:`Machine.resume` to let it run.
+
+    Raises :class:`SnapshotError` or :class:`RestoreRefused`, naming what is wrong where.
+    """
+    built: list[Machine] = []
+
+    def build(description: Mapping[str, Value]) -> Machine:
+        built.append(Machine.build(description, name=name, serial=serial))
+        return built[0]
+
+    loaded = load_snapshot(directory, build)
+    return Restored(built[0], loaded.fidelity)
