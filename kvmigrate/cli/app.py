@@ -60,7 +60,7 @@ def _root(
 
 @app.command()
 def run(
-    image: Annotated[Path, typer.Argument(help="Flat binary, multiboot or PVH ELF, or bzImage.")],
+    image: Annotated[Path, typer.Argument(help="Flat binary, multiboot or PVH ELF, or bzImage.", metavar="IMAGE")],
     name: NewName = "",
     memory: Annotated[str, typer.Option(help="Size of guest RAM.")] = "1G",
     cpus: Annotated[int, typer.Option(help="Number of vCPUs.")] = 1,
@@ -81,7 +81,7 @@ def run(
 
 @app.command()
 def receive(
-    address: Annotated[str, typer.Argument(help="tcp://HOST:PORT or unix:///PATH to listen on.")],
+    address: Annotated[str, typer.Argument(help="tcp://HOST:PORT or unix:///PATH to listen on.", metavar="ADDRESS")],
     name: NewName = "",
     serial: Serial = "stdio",
     paused: Paused = False,
@@ -96,7 +96,7 @@ def receive(
 @app.command()
 def send(
     name: Name,
-    address: Annotated[str, typer.Argument(help="tcp://HOST:PORT or unix:///PATH where receive waits.")],
+    address: Annotated[str, typer.Argument(help="tcp://HOST:PORT or unix:///PATH of receive.", metavar="ADDRESS")],
     downtime_limit: Annotated[str, typer.Option(help="Longest time to stop the guest for.")] = "300ms",
     bandwidth: Annotated[str, typer.Option(help="Most bytes per second, such as 1GiB/s; 0: no cap.")] = "0",
     max_rounds: Annotated[int, typer.Option(help="Give up after so many rounds.")] = _DEFAULTS.max_rounds,
@@ -255,8 +255,9 @@ def run_command(arguments: list[str]) -> int:
         return 141
     except Exception as error:
         usage = getattr(error, "format_message", None)
-        if usage is not None:
-            return _fail(error, f"{usage()} (see kvmigrate --help)", 2)
+        if usage is not None:  # a mistake in the options, of Typer's own class
+            print(f"kvmigrate: {' '.join(usage().split())} (see kvmigrate --help)", file=sys.stderr)
+            return 2
         return _fail(error, f"unexpected {type(error).__name__}: {error} (KVMIGRATE_TRACEBACK=1 shows where)", 2)
 
 

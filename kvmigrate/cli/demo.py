@@ -22,7 +22,7 @@ from ..guests import path as guest_image
 from . import show
 
 BEAT_MS = 5
-GUEST_SECONDS = 6
+GUEST_SECONDS = 8
 LEDGER_PAGES = 4096
 WAIT_S = 30.0
 _HEARTBEAT = re.compile(rb"H 0 (\d+) (\d+) (\d+)")
@@ -126,15 +126,14 @@ def demo(memory: str, *, verbose: bool) -> int:
         stack.callback(source.close)
         stack.callback(destination.close)
 
+        waiting = _receive_guest(destination, directory)
+        stack.callback(waiting.close)
         _say(f"starting a guest with {show.size(nr_bytes)} of memory, {show.size(nr_bytes // 2)} of it filled")
         running = _run_guest(source, directory, nr_bytes)
         stack.callback(running.close)
+        waiting.wait_for("the address to send to", lambda: _ADDRESS.search(waiting.said) is not None)
         running.wait_for("the guest's first heartbeats", lambda: len(source.beats) > 20)
         _say(f"it runs in process {running.process.pid}, writing memory and checking every byte it wrote")
-
-        waiting = _receive_guest(destination, directory)
-        stack.callback(waiting.close)
-        waiting.wait_for("the address to send to", lambda: _ADDRESS.search(waiting.said) is not None)
         address = _found_address(waiting.said)
         _say(f"process {waiting.process.pid} waits at {address}: kvmigrate send {_name('source')} {address}")
 
