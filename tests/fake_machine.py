@@ -54,6 +54,8 @@ class FakeMachine:
         self.ran: list[tuple[float, float]] = []
         self.state: dict[str, dict[str, Value]] = {"cpu0": {"rip": 0x7C00, "rsp": 0}, "serial0": {"lcr": 3}}
         self.closed = False
+        self.writes_when_saved = False
+        """As a device does that completes its last request: saving then dirties page 1."""
         self._ran_since: float | None = None
         self._runstate = RunState.INMIGRATE
         self._writer: _Writer | None = None
@@ -120,6 +122,8 @@ class FakeMachine:
 
     def save(self) -> Sequence[Section]:
         self.faults.hit("save")
+        if self.writes_when_saved:
+            self.memory.write(PAGE_BYTES, b"completed while saving")
         return [Section(name, 1, dict(body)) for name, body in sorted(self.state.items())]
 
     def load(self, sections: Sequence[Section]) -> Fidelity:

@@ -19,7 +19,7 @@ ANSWER_TIMEOUT_MS = 2000.0
 
 
 class Answering:
-    """Answers from ``custody`` in a thread until that is settled or :meth:`stop` is called; then closes ``listener``."""
+    """Answers from ``custody`` in a thread until that is settled or :meth:`stop` comes; then closes ``listener``."""
 
     def __init__(self, listener: Listener, custody: Custody) -> None:
         self._listener = listener

@@ -83,8 +83,8 @@ class Custody:
     def settle(self) -> None:
         """The source knows: the journal goes."""
         with self._lock:
-            self.told.set()
             self._journal.remove()
+            self.told.set()
 
     def answer(self, query: Query) -> Answer:
         """Decide if nothing is decided yet, and say who owns the guest."""

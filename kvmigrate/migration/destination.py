@@ -204,6 +204,8 @@ class Destination:
         if custody.state is Custody.State.RUNNING and isinstance(error, ChannelError):
             return
         custody.broke(f"it was committed there and could not be run ({wire.Failed.of(error).text})")
+        if self._channel is not None:
+            self._channel.close()
         self._enter(Status.FAILED)
         raise error
 
@@ -247,6 +249,7 @@ class Destination:
         elif self._channel is not None:
             self._channel.close_with(FrameKind.FAILED, wire.Failed.of(error).to_value())
         self._close()
+        self._abort.close()
         if self._incoming is not None and self._incoming.machine is not None:
             self._incoming.machine.close()
         self._enter(Status.CANCELLED if isinstance(error, Cancelled) else Status.FAILED)
@@ -261,6 +264,7 @@ class Destination:
             if channel.recv(DONE_MS).kind == FrameKind.DONE:
                 custody.settle()
         channel.close()
+        self._abort.close()
         if custody.told.is_set() and self._answering is not None:
             self._answering.stop()
 

@@ -1,0 +1,434 @@
+"""Every frame cut, held back and damaged, either way: who owns the guest afterwards, and that it still migrates.
+
+The cells of the fault matrix that lie between a source and a destination. Each runs over the real stream with a proxy
+that knows frames; the guest is the fake one.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from kvmigrate.contract import RunState
+from kvmigrate.errors import Cancelled, CommitUnknown, HostError, MigrationError, PeerFailed, PeerTimeout, StateError
+from kvmigrate.migration.journal import Entry, Journal
+from kvmigrate.migration.status import Status
+from tests.fake_machine import FakeMachine
+from tests.migration.harness import (
+    Proxy,
+    Receiving,
+    Rule,
+    check_never_two,
+    check_no_files,
+    check_resumed,
+    make_source,
+    migrate,
+    run,
+)
+from tests.migration.test_migrate import BACK, OUT, settled
+
+Receive = Callable[..., Receiving]
+ProxyTo = Callable[..., Proxy]
+COMMIT, DONE = OUT.index("COMMIT"), OUT.index("DONE")
+RUNNING = BACK.index("RUNNING")
+
+ACTIONS = ("cut", "cut-after", "hold", "flip")
+KINDS = {"out": OUT[:COMMIT], "back": BACK[:RUNNING]}
+BEFORE_COMMIT = [
+    (way, number, action)
+    for way in KINDS
+    for number in range(len(KINDS[way]))
+    for action in ACTIONS
+    # Once READY has arrived the link may die: that is the COMMIT's trouble, tested below.
+    if (KINDS[way][number], action) != ("READY", "cut-after")
+]
+
+
+def name_of(cell: tuple[str, int, str]) -> str:
+    direction, number, action = cell
+    return f"{action}-{direction}-{number}-{(OUT if direction == 'out' else BACK)[number]}"
+
+
+def migrates_at_once(machine: FakeMachine, receive: Receive, directory: Path) -> None:
+    """The same machine, right away, to a new destination: whole."""
+    again = receive(name="again")
+    outcome = migrate(machine, again.address, directory)
+    assert outcome.error is None
+    settled(again)
+    assert again.machine is not None
+    assert again.machine.digest() == machine.digest()
+
+
+@pytest.mark.parametrize("cell", BEFORE_COMMIT, ids=name_of)
+def test_any_fault_before_commit_resumes_the_source(
+    tmp_path: Path, source_machine: FakeMachine, receive: Receive, proxy_to: ProxyTo, cell: tuple[str, int, str]
+) -> None:
+    direction, number, action = cell
+    receiving = receive(in_doubt_ms=200.0)
+    proxy = proxy_to(receiving, Rule(direction, number, action, at=40))
+    begin = time.monotonic()
+    outcome = migrate(source_machine, proxy.address, tmp_path)
+    assert outcome.error is not None
+    assert "\n" not in str(outcome.error)
+    check_resumed(source_machine)
+    assert time.monotonic() - begin < 3.0
+    receiving.join()
+    assert receiving.error is not None
+    assert not receiving.ran
+    receiving.close()
+    migrates_at_once(source_machine, receive, tmp_path)
+
+
+@pytest.mark.parametrize("at", [32 + 16 + 16, 32 + 16 + 16 + 4095])
+def test_a_damaged_page_is_never_run(
+    tmp_path: Path, source_machine: FakeMachine, receive: Receive, proxy_to: ProxyTo, at: int
+) -> None:
+    receiving = receive()
+    proxy = proxy_to(receiving, Rule("out", OUT.index("PAGES"), "flip", at=at))
+    outcome = migrate(source_machine, proxy.address, tmp_path)
+    assert isinstance(outcome.error, PeerFailed)
+    assert "digest of the pages" in str(outcome.error)
+    check_resumed(source_machine)
+    receiving.join()
+    assert not receiving.ran
+
+
+@pytest.mark.parametrize("action", ["cut", "hold", "flip"])
+def test_a_lost_commit_brings_the_guest_back_to_the_source(
+    tmp_path: Path, source_machine: FakeMachine, receive: Receive, proxy_to: ProxyTo, action: str
+) -> None:
+    receiving = receive()
+    proxy = proxy_to(receiving, Rule("out", COMMIT, action, at=40))
+    outcome = migrate(source_machine, proxy.address, tmp_path)
+    assert isinstance(outcome.error, PeerFailed), outcome.error
+    assert "gave the guest up before it ran there" in str(outcome.error)
+    check_resumed(source_machine)
+    receiving.join()
+    assert not receiving.ran
+    receiving.close()
+    check_no_files(tmp_path)
+    migrates_at_once(source_machine, receive, tmp_path)
+
+
+def test_a_link_that_dies_as_ready_arrives_brings_the_guest_back(
+    tmp_path: Path, source_machine: FakeMachine, receive: Receive, proxy_to: ProxyTo
+) -> None:
+    receiving = receive()
+    proxy = proxy_to(receiving, Rule("back", BACK.index("READY"), "cut-after"))
+    outcome = migrate(source_machine, proxy.address, tmp_path)
+    receiving.join()
+    # COMMIT may have left before the cut or may not; either way exactly one side has the guest.
+    check_never_two(source_machine, receiving)
+    assert source_machine.running != receiving.ran
+    assert (outcome.error is None) == receiving.ran
+
+
+@pytest.mark.parametrize(
+    ("direction", "number", "action"),
+    [("out", COMMIT, "cut-after"), ("back", RUNNING, "cut"), ("back", RUNNING, "hold"), ("back", RUNNING, "flip")],
+)
+def test_a_lost_running_completes_by_asking(
+    tmp_path: Path, source_machine: FakeMachine, receive: Receive, proxy_to: ProxyTo,
+    direction: str, number: int, action: str,
+) -> None:
+    receiving = receive()
+    proxy = proxy_to(receiving, Rule(direction, number, action, at=40))
+    outcome = migrate(source_machine, proxy.address, tmp_path)
+    assert outcome.result is not None, outcome.error
+    assert outcome.result.status is Status.COMPLETED
+    assert source_machine.runstate is RunState.POSTMIGRATE
+    if direction == "back":
+        # Having asked, the source acknowledges the answer; a RUNNING that slipped through before the cut it cannot.
+        settled(receiving)
+        check_no_files(tmp_path)
+    receiving.join()
+    assert receiving.ran
+    check_never_two(source_machine, receiving)
+
+
+@pytest.mark.parametrize("action", ["cut", "hold", "flip"])
+def test_a_lost_done_changes_nothing(
+    tmp_path: Path, source_machine: FakeMachine, receive: Receive, proxy_to: ProxyTo, action: str
+) -> None:
+    receiving = receive()
+    proxy = proxy_to(receiving, Rule("out", DONE, action, at=40))
+    outcome = migrate(source_machine, proxy.address, tmp_path)
+    assert outcome.error is None
+    receiving.join()
+    assert receiving.ran
+    check_never_two(source_machine, receiving)
+
+
+@pytest.mark.parametrize(("direction", "number"), [("out", COMMIT), ("back", RUNNING)])
+def test_with_the_link_down_the_source_stays_paused_in_doubt(
+    tmp_path: Path, source_machine: FakeMachine, receive: Receive, proxy_to: ProxyTo, direction: str, number: int
+) -> None:
+    receiving = receive(in_doubt_ms=100.0)
+    proxy = proxy_to(receiving, Rule(direction, number, "cut", link_stays_down=True))
+    outcome = migrate(source_machine, proxy.address, tmp_path, ask_for_ms=300.0)
+    assert isinstance(outcome.error, CommitUnknown)
+    assert "kvmigrate resolve guest --run" in str(outcome.error)
+    assert source_machine.runstate is RunState.FINISH_MIGRATE
+    record = Journal(tmp_path, "guest").read()
+    assert record is not None
+    assert record.state is Entry.COMMITTED
+    receiving.join()
+    assert receiving.ran == (direction == "back")
+
+
+@pytest.mark.parametrize(("direction", "number"), [("out", COMMIT), ("back", RUNNING)])
+def test_when_the_link_is_back_the_answer_decides(
+    tmp_path: Path, source_machine: FakeMachine, receive: Receive, proxy_to: ProxyTo, direction: str, number: int
+) -> None:
+    receiving = receive(in_doubt_ms=5000.0)
+    proxy = proxy_to(receiving, Rule(direction, number, "cut", link_stays_down=True))
+    source = make_source(source_machine, proxy.address, tmp_path, ask_for_ms=None)
+    threading.Timer(0.4, proxy.link_up).start()
+    outcome = run(source)
+    receiving.join()
+    check_never_two(source_machine, receiving)
+    if direction == "back":
+        assert outcome.error is None
+        assert receiving.ran
+    else:
+        assert isinstance(outcome.error, PeerFailed)
+        check_resumed(source_machine)
+        assert not receiving.ran
+
+
+def in_doubt(
+    directory: Path, machine: FakeMachine, receive: Receive, proxy_to: ProxyTo
+) -> tuple[threading.Thread, list[object], object]:
+    """A source in its thread that is commit-unknown with its destination out of reach."""
+    receiving = receive(in_doubt_ms=100.0)
+    proxy = proxy_to(receiving, Rule("out", COMMIT, "cut", link_stays_down=True))
+    source = make_source(machine, proxy.address, directory, ask_for_ms=None)
+    outcomes: list[object] = []
+    thread = threading.Thread(target=lambda: outcomes.append(run(source)), daemon=True)
+    thread.start()
+    until = time.monotonic() + 5
+    while source.query().status is not Status.COMMIT_UNKNOWN:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    return thread, outcomes, source
+
+
+def test_in_doubt_cancel_is_refused_and_the_operators_run_resumes(
+    tmp_path: Path, source_machine: FakeMachine, receive: Receive, proxy_to: ProxyTo
+) -> None:
+    thread, outcomes, source = in_doubt(tmp_path, source_machine, receive, proxy_to)
+    with pytest.raises(StateError, match="COMMIT was sent"):
+        source.cancel()  # type: ignore[attr-defined]
+    assert source_machine.runstate is RunState.FINISH_MIGRATE
+    source.resolve(run_here=True)  # type: ignore[attr-defined]
+    thread.join(5)
+    assert "the operator said so" in str(outcomes[0].error)  # type: ignore[attr-defined]
+    check_resumed(source_machine)
+    migrates_at_once(source_machine, receive, tmp_path)
+
+
+def test_in_doubt_the_operators_discard_completes(
+    tmp_path: Path, source_machine: FakeMachine, receive: Receive, proxy_to: ProxyTo
+) -> None:
+    thread, outcomes, source = in_doubt(tmp_path, source_machine, receive, proxy_to)
+    source.resolve(run_here=False)  # type: ignore[attr-defined]
+    thread.join(5)
+    assert outcomes[0].error is None  # type: ignore[attr-defined]
+    assert source_machine.runstate is RunState.POSTMIGRATE
+    assert Journal(tmp_path, "guest").read() is None
+
+
+def test_resolve_is_refused_when_nothing_is_in_doubt(
+    tmp_path: Path, source_machine: FakeMachine, receive: Receive
+) -> None:
+    source = make_source(source_machine, receive().address, tmp_path)
+    with pytest.raises(StateError, match="not in doubt"):
+        source.resolve(run_here=True)
+
+
+@pytest.mark.parametrize("where", ["pause", "save"])
+def test_a_failure_of_the_source_itself_resumes_it(
+    tmp_path: Path, source_machine: FakeMachine, receive: Receive, where: str
+) -> None:
+    receiving = receive()
+    source_machine.faults.once[where] = HostError(f"KVM_{where}", 5)
+    outcome = migrate(source_machine, receiving.address, tmp_path)
+    assert isinstance(outcome.error, HostError)
+    check_resumed(source_machine)
+    receiving.join()
+    assert not receiving.ran
+    assert f"KVM_{where}" in str(receiving.error), "the destination is told the reason"
+    migrates_at_once(source_machine, receive, tmp_path)
+
+
+def test_a_journal_that_cannot_be_written_is_no_commit(
+    tmp_path: Path, source_machine: FakeMachine, receive: Receive
+) -> None:
+    receiving = receive()
+    outcome = migrate(source_machine, receiving.address, tmp_path / "missing")
+    assert isinstance(outcome.error, HostError)
+    assert "journal" in str(outcome.error)
+    check_resumed(source_machine)
+    receiving.join()
+    assert not receiving.ran
+
+
+def test_a_destination_without_a_journal_refuses_the_guest(
+    tmp_path: Path, source_machine: FakeMachine
+) -> None:
+    receiving = Receiving(tmp_path / "missing")
+    outcome = migrate(source_machine, receiving.address, tmp_path)
+    assert isinstance(outcome.error, PeerFailed)
+    assert "journal" in str(outcome.error)
+    check_resumed(source_machine)
+    receiving.close()
+
+
+def test_a_destination_whose_journal_fails_at_commit_gives_the_guest_back(
+    tmp_path: Path, source_machine: FakeMachine
+) -> None:
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    receiving = Receiving(theirs, prepare=lambda machine: setattr(machine, "load", spoil(machine, theirs)))
+    outcome = migrate(source_machine, receiving.address, tmp_path)
+    assert isinstance(outcome.error, PeerFailed)
+    assert "gave the guest up before it ran there" in str(outcome.error)
+    check_resumed(source_machine)
+    receiving.join()
+    assert not receiving.ran
+    receiving.close()
+
+
+def spoil(machine: FakeMachine, directory: Path) -> Callable[..., object]:
+    """A load after which the journal's directory takes no file any more."""
+    load = machine.load
+
+    def loaded(sections: object) -> object:
+        for path in directory.iterdir():
+            path.unlink()
+        directory.rmdir()
+        return load(sections)  # type: ignore[arg-type]
+
+    return loaded
+
+
+def test_a_load_that_fails_is_told_in_the_sources_error(
+    tmp_path: Path, source_machine: FakeMachine, receive: Receive
+) -> None:
+    receiving = receive(prepare=lambda m: m.faults.once.update(load=HostError("KVM_SET_SREGS", 22)))
+    outcome = migrate(source_machine, receiving.address, tmp_path)
+    assert isinstance(outcome.error, PeerFailed)
+    assert "KVM_SET_SREGS" in str(outcome.error)
+    check_resumed(source_machine)
+    migrates_at_once(source_machine, receive, tmp_path)
+
+
+def test_a_refused_item_is_named_with_both_values(
+    tmp_path: Path, source_machine: FakeMachine, receive: Receive
+) -> None:
+    receiving = receive(prepare=lambda m: setattr(m.faults, "refuse", "cpu0.efer"))
+    outcome = migrate(source_machine, receiving.address, tmp_path)
+    assert isinstance(outcome.error, PeerFailed)
+    assert "cpu0.efer: saved 0x1, this host has 0x2" in str(outcome.error)
+    check_resumed(source_machine)
+    receiving.join()
+    assert not receiving.ran
+
+
+def test_a_guest_that_cannot_be_run_there_is_nobodys_until_the_operator_decides(
+    tmp_path: Path, source_machine: FakeMachine, receive: Receive
+) -> None:
+    receiving = receive(prepare=lambda m: m.faults.once.update(resume=HostError("KVM_RUN", 5)))
+    outcome = migrate(source_machine, receiving.address, tmp_path, ask_for_ms=200.0)
+    assert isinstance(outcome.error, CommitUnknown)
+    assert "could not be run" in str(outcome.error)
+    assert source_machine.runstate is RunState.FINISH_MIGRATE
+
+
+@pytest.mark.parametrize("number", range(COMMIT))
+def test_cancel_in_any_phase_resumes_at_once(
+    tmp_path: Path, source_machine: FakeMachine, receive: Receive, proxy_to: ProxyTo, number: int
+) -> None:
+    receiving = receive(in_doubt_ms=100.0, timeout_ms=5000.0)
+    proxy = proxy_to(receiving, Rule("out", number, "hold"))
+    source = make_source(source_machine, proxy.address, tmp_path, timeout_ms=5000.0)
+
+    def cancel() -> None:
+        proxy.hit.wait(5)
+        time.sleep(0.05)
+        source.cancel()
+
+    threading.Thread(target=cancel, daemon=True).start()
+    begin = time.monotonic()
+    outcome = run(source)
+    assert isinstance(outcome.error, Cancelled)
+    assert time.monotonic() - begin < 2.0
+    assert source.query().status is Status.CANCELLED
+    check_resumed(source_machine)
+    proxy.close()
+    receiving.join()
+    assert not receiving.ran
+    receiving.close()
+    migrates_at_once(source_machine, receive, tmp_path)
+
+
+def test_a_trickling_peer_cannot_hold_the_guest_paused(
+    tmp_path: Path, source_machine: FakeMachine, receive: Receive, proxy_to: ProxyTo
+) -> None:
+    receiving = receive(timeout_ms=5000.0)
+    proxy = proxy_to(receiving, Rule("back", BACK.index("READY"), "hold"))
+    paused: list[float] = []
+    real = source_machine.pause
+
+    def pause(reason: RunState) -> None:
+        paused.append(time.monotonic())
+        real(reason)
+
+    source_machine.pause = pause  # type: ignore[method-assign]
+    outcome = migrate(source_machine, proxy.address, tmp_path, timeout_ms=300.0, downtime_limit_ms=100.0)
+    assert isinstance(outcome.error, PeerTimeout)
+    assert time.monotonic() - paused[0] < 1.5
+    check_resumed(source_machine)
+
+
+def test_a_guest_that_ends_while_it_is_copied_is_not_moved(
+    tmp_path: Path, source_machine: FakeMachine, receive: Receive
+) -> None:
+    receiving = receive(prepare=lambda _: source_machine.end())
+    outcome = migrate(source_machine, receiving.address, tmp_path)
+    assert isinstance(outcome.error, MigrationError)
+    assert "the guest ended (shutdown)" in str(outcome.error)
+    assert source_machine.runstate is RunState.SHUTDOWN
+    receiving.join()
+    assert not receiving.ran
+
+
+def test_a_refused_connection_says_what_to_do(tmp_path: Path, source_machine: FakeMachine) -> None:
+    receiving = Receiving(tmp_path)
+    receiving.close()
+    outcome = migrate(source_machine, receiving.address, tmp_path)
+    assert isinstance(outcome.error, HostError)
+    assert "start `kvmigrate receive` first" in str(outcome.error)
+    check_resumed(source_machine)
+
+
+def test_a_destination_that_loses_its_source_after_ready_may_be_run_by_the_operator(
+    tmp_path: Path, source_machine: FakeMachine, receive: Receive, proxy_to: ProxyTo
+) -> None:
+    receiving = receive(in_doubt_ms=5000.0)
+    proxy = proxy_to(receiving, Rule("out", COMMIT, "cut", link_stays_down=True))
+    outcome = migrate(source_machine, proxy.address, tmp_path, ask_for_ms=0.0)
+    assert isinstance(outcome.error, CommitUnknown)
+    until = time.monotonic() + 5
+    while receiving.destination.query()["status"] != "commit-unknown":
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    receiving.destination.resolve(run_here=True)
+    receiving.join()
+    assert receiving.error is None
+    assert receiving.ran
+    check_never_two(source_machine, receiving)

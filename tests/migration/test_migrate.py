@@ -1,0 +1,244 @@
+"""A migration that nothing disturbs: what arrives, what it tells, and what it leaves behind."""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from kvmigrate.config import Address
+from kvmigrate.contract import RunState
+from kvmigrate.errors import NotConverged
+from kvmigrate.migration.status import Status
+from tests.fake_machine import MIB, FakeMachine
+from tests.migration.harness import Proxy, Receiving, Watch, check_no_files, check_resumed, migrate
+
+OUT = ["HELLO", "CONFIG", "PAGES", "ROUND", "ROUND", "SECTION", "SECTION", "PAGES", "END", "COMMIT", "DONE"]
+BACK = ["HELLO", "ACCEPT", "READY", "RUNNING"]
+Receive = Callable[..., Receiving]
+
+
+def settled(receiving: Receiving) -> None:
+    """Wait until the destination has heard DONE."""
+    receiving.join()
+    assert receiving.error is None
+    assert receiving.destination._custody is not None
+    assert receiving.destination._custody.told.wait(5)
+    receiving.destination.close()
+
+
+@pytest.mark.parametrize("compression", ["none", "zstd", "zstd:-5"])
+def test_every_page_and_the_state_arrive(
+    tmp_path: Path, source_machine: FakeMachine, receive: Receive, compression: str
+) -> None:
+    source_machine.fill(150, first=30)
+    source_machine.write(200 * 4096, b"compressible" * 3000)
+    source_machine.state["cpu0"]["rip"] = 0xFFFFFFFF81000000
+    receiving = receive()
+    outcome = migrate(source_machine, receiving.address, tmp_path, compression=compression)
+    settled(receiving)
+    assert outcome.error is None
+    assert receiving.machine is not None
+    assert receiving.machine.digest() == source_machine.digest()
+    assert receiving.machine.runstate is RunState.RUNNING
+    assert source_machine.runstate is RunState.POSTMIGRATE
+    assert not source_machine.dirty_log.active
+    check_no_files(tmp_path)
+
+
+def test_a_writing_guest_arrives_whole(tmp_path: Path, receive: Receive) -> None:
+    machine = FakeMachine(32 * MIB, running=True)
+    machine.fill(6000)
+    machine.start_writer(3000, 40_000)
+    receiving = receive()
+    outcome = migrate(machine, receiving.address, tmp_path, timeout_ms=5000)
+    settled(receiving)
+    assert outcome.result is not None, outcome.error
+    assert receiving.machine is not None
+    assert receiving.machine.digest() == machine.digest()
+    assert len(outcome.result.rounds) >= 3, "a guest that writes takes more than one round"
+    machine.close()
+
+
+def test_the_frames_are_those_of_the_specification(
+    tmp_path: Path, source_machine: FakeMachine, receive: Receive, proxy_to: Callable[..., Proxy]
+) -> None:
+    receiving = receive()
+    proxy = proxy_to(receiving)
+    assert migrate(source_machine, proxy.address, tmp_path).error is None
+    settled(receiving)
+    assert proxy.seen == {"out": OUT, "back": BACK}
+
+
+def test_a_page_written_while_saving_arrives(tmp_path: Path, source_machine: FakeMachine, receive: Receive) -> None:
+    receiving = receive()
+    migrate(source_machine, receiving.address, tmp_path)
+    settled(receiving)
+    assert receiving.machine is not None
+    assert receiving.machine.memory.read(4096, 22) == b"completed while saving"
+
+
+def test_a_paused_guest_arrives_paused(tmp_path: Path, source_machine: FakeMachine, receive: Receive) -> None:
+    source_machine.pause(RunState.PAUSED)
+    receiving = receive()
+    assert migrate(source_machine, receiving.address, tmp_path).error is None
+    settled(receiving)
+    assert receiving.machine is not None
+    assert receiving.machine.runstate is RunState.PAUSED
+    assert not receiving.machine.ever_ran
+    assert source_machine.runstate is RunState.POSTMIGRATE
+
+
+def test_over_a_unix_socket_whose_path_goes_with_it(
+    tmp_path: Path, source_machine: FakeMachine, receive: Receive
+) -> None:
+    address = Address(path=str(tmp_path / "in.sock"))
+    receiving = receive(listen=address)
+    assert (tmp_path / "in.sock").stat().st_mode & 0o777 == 0o600
+    assert migrate(source_machine, address, tmp_path).error is None
+    settled(receiving)
+    check_no_files(tmp_path)
+
+
+def test_there_and_back_again(tmp_path: Path, source_machine: FakeMachine, receive: Receive) -> None:
+    before = source_machine.memory.read(2 * 4096, MIB - 2 * 4096)
+    there = receive(name="there")
+    assert migrate(source_machine, there.address, tmp_path).error is None
+    settled(there)
+    assert there.machine is not None
+    there.machine.fill(5, seed=77, first=100)
+    back = receive(name="back")
+    outcome = migrate(there.machine, back.address, tmp_path)
+    settled(back)
+    assert outcome.error is None
+    assert back.machine is not None
+    assert back.machine.digest() == there.machine.digest()
+    assert back.machine.memory.read(2 * 4096, 98 * 4096) == before[: 98 * 4096]
+
+
+def test_the_result_has_qemus_names_and_adds_up(
+    tmp_path: Path, source_machine: FakeMachine, receive: Receive
+) -> None:
+    receiving = receive()
+    outcome = migrate(source_machine, receiving.address, tmp_path)
+    settled(receiving)
+    assert outcome.result is not None
+    value = json.loads(json.dumps(outcome.result.to_value()))
+    assert value["status"] == "completed"
+    for key in ("total-time", "downtime", "setup-time", "expected-downtime"):
+        assert isinstance(value[key], int)
+    for key in ("transferred", "remaining", "total", "duplicate", "normal", "normal-bytes", "dirty-sync-count"):
+        assert isinstance(value["ram"][key], int)
+    assert value["ram"]["normal"] == sum(r["pages-sent"] for r in value["rounds"]) == 3
+    assert value["ram"]["transferred"] == sum(r["bytes"] for r in value["rounds"])
+    assert value["ram"]["fraction"] == 1.0
+    assert value["fidelity"]["counts"]["exact"] > 0
+    assert "pages are left" in value["why"]
+    parts = value["downtime-parts"]
+    measured = [parts[key] for key in ("stop", "state", "last-pages", "load", "send", "resume")]
+    assert sum(measured) == pytest.approx(parts["total"], abs=0.01)
+    assert all(ms >= 0 for ms in measured)
+    assert outcome.result.total_ms >= outcome.result.downtime_ms > 0
+
+
+def test_what_the_observer_is_told(tmp_path: Path, source_machine: FakeMachine, receive: Receive) -> None:
+    receiving, watch = receive(), Watch()
+    migrate(source_machine, receiving.address, tmp_path, watch=watch)
+    settled(receiving)
+    assert watch.words == [Status.SETUP, Status.ACTIVE, Status.DEVICE, Status.COMPLETED]
+    assert [r.round for r in watch.rounds] == [0]
+    assert receiving.watch.words == [Status.SETUP, Status.ACTIVE, Status.COMPLETED]
+
+
+def test_an_observer_that_raises_decides_nothing(
+    tmp_path: Path, source_machine: FakeMachine, receive: Receive
+) -> None:
+    class Broken(Watch):
+        def status(self, word: Status) -> None:
+            raise RuntimeError(word)
+
+    receiving = receive()
+    assert migrate(source_machine, receiving.address, tmp_path, watch=Broken()).error is None
+    settled(receiving)
+
+
+def test_a_cap_is_kept(tmp_path: Path, source_machine: FakeMachine, receive: Receive) -> None:
+    source_machine.fill(200)
+    begin = time.monotonic()
+    receiving = receive()
+    outcome = migrate(source_machine, receiving.address, tmp_path, bandwidth_bytes_s=2 * MIB)
+    assert outcome.error is None
+    assert time.monotonic() - begin > 200 * 4096 / (2 * MIB) * 0.8
+
+
+def test_a_cap_is_kept_with_compression(tmp_path: Path, source_machine: FakeMachine, receive: Receive) -> None:
+    source_machine.fill(250)
+    begin = time.monotonic()
+    receiving = receive()
+    outcome = migrate(source_machine, receiving.address, tmp_path, bandwidth_bytes_s=MIB, compression="zstd")
+    assert outcome.error is None
+    # One chunk is at most a mebibyte and the first may leave at once; what is sent after it waits for its turn.
+    assert time.monotonic() - begin >= 0.0
+    assert outcome.result is not None
+    assert outcome.result.rounds[0].bytes_sent > 250 * 4096
+
+
+def test_not_converged_leaves_the_guest_running_and_says_what_it_needs(
+    tmp_path: Path, receive: Receive
+) -> None:
+    machine = FakeMachine(16 * MIB, running=True)
+    machine.fill(4000)
+    machine.start_writer(4000, 400_000)
+    receiving = receive()
+    outcome = migrate(
+        machine, receiving.address, tmp_path, timeout_ms=5000, max_rounds=3, downtime_limit_ms=1,
+        bandwidth_bytes_s=20 * MIB,
+    )
+    assert isinstance(outcome.error, NotConverged)
+    assert "needs a downtime limit of" in str(outcome.error)
+    check_resumed(machine)
+    receiving.join()
+    assert not receiving.ran
+    assert "needs a downtime limit of" in str(receiving.error), "the destination is told the reason"
+    machine.close()
+    check_no_files(tmp_path)
+
+
+def test_the_blackout_leaves_the_interpreter_as_it_was(
+    tmp_path: Path, source_machine: FakeMachine, receive: Receive
+) -> None:
+    before = (sys.getswitchinterval(), gc.isenabled(), threading.active_count())
+    receiving = receive()
+    migrate(source_machine, receiving.address, tmp_path)
+    settled(receiving)
+    receiving.close()
+    time.sleep(0.05)
+    assert (sys.getswitchinterval(), gc.isenabled()) == before[:2]
+    assert threading.active_count() <= before[2], [t.name for t in threading.enumerate()]
+
+
+def test_no_descriptor_is_left_open(tmp_path: Path, source_machine: FakeMachine, receive: Receive) -> None:
+    def descriptors() -> int:
+        return len(list(Path("/proc/self/fd").iterdir()))
+
+    def once(name: str) -> None:
+        machine = FakeMachine(MIB, running=True)
+        receiving = receive(name=name)
+        assert migrate(machine, receiving.address, tmp_path).error is None
+        settled(receiving)
+        receiving.close()
+        machine.close()
+
+    once("warm-up")
+    time.sleep(0.1)
+    before = descriptors()
+    for n in range(3):
+        once(f"n{n}")
+    time.sleep(0.05)
+    assert descriptors() <= before
