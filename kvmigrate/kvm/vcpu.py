@@ -156,6 +156,8 @@ class Vcpu:
         return self._get("fpu")
 
     def set_fpu(self, value: Value) -> None:
+        """Set the x87 and SSE registers. Does not mark them in XSTATE_BV, so that KVM_GET_XSAVE may not show them until
+        the guest has run: state is set by set_xsave."""
         self._set("fpu", value)
 
     def get_xcrs(self) -> dict[str, Value]:
