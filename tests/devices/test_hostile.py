@@ -27,9 +27,12 @@ class FitfulBackend(Backend):
 
     def __init__(self, takes: list[int]) -> None:
         self._takes = takes
+        self.taken = b""
 
     def write(self, data: bytes) -> int:
-        return min(len(data), self._takes.pop()) if self._takes else len(data)
+        size = min(len(data), self._takes.pop()) if self._takes else len(data)
+        self.taken += data[:size]
+        return size
 
 
 def ignore_end(end: GuestEnd) -> None:
@@ -89,6 +92,22 @@ def test_no_guest_access_raises_and_state_survives_a_move(
     body = device.save()
     other.load(body)
     assert other.save() == body
+
+
+@given(text=st.binary(max_size=100), takes=TAKES, drains=st.sets(st.integers(0, 99)))
+@settings(max_examples=100, deadline=None)
+def test_output_is_whole_and_in_order_whatever_the_line_takes(text: bytes, takes: list[int], drains: set[int]) -> None:
+    backend = FitfulBackend(takes)
+    uart = Serial(lambda level: None, backend)
+    uart.resume()
+    for at, value in enumerate(text):
+        uart.write(0, 1, value)
+        if at in drains:
+            uart.drain()
+        assert bool(uart.read(5, 1) & 0x20) == (len(backend.taken) == at + 1), "THRE tells whether all is out"
+    while uart.tx_waiting():
+        uart.drain()
+    assert backend.taken == text
 
 
 def mutations(body: dict[str, Any]) -> st.SearchStrategy[dict[str, Any]]:
