@@ -49,6 +49,25 @@ def judge(sides: Sequence[SerialLog]) -> Verdict:
     return Verdict(beats, tuple(_blackouts_ms(sides)), ended)
 
 
+def judge_restored(saved: SerialLog, restored: SerialLog) -> Verdict:
+    """Raise :class:`OracleError` unless ``restored`` goes on from a moment of ``saved``, which ran on after it."""
+    whole = judge([saved])
+    _, _, text = restored.text.partition("\n")  # the first line may have begun before the snapshot
+    beats: dict[int, int] = {}
+    for number, line in enumerate(text.split("\n")[:-1]):
+        if line.startswith("BAD"):
+            raise OracleError("ledger", line)
+        if line.startswith("H "):
+            cpu, beat = (int(word) for word in line.split(" ")[1:3])
+            if cpu not in beats and not 1 < beat <= whole.beats[cpu] + 1:
+                raise OracleError("heartbeat", f"restored vCPU {cpu} starts at {beat}; saved: {whole.beats[cpu]}")
+            beats.setdefault(cpu, beat - 1)
+            _count(beats, line, number)
+    if beats.keys() != whole.beats.keys():
+        raise OracleError("heartbeat", f"vCPUs {sorted(beats)} run after the restore, not {sorted(whole.beats)}")
+    return Verdict(beats, (), "OK " in text)
+
+
 def _count(beats: dict[int, int], line: str, number: int) -> None:
     words = line.split(" ")
     if len(words) not in (3, 5) or not all(word.isascii() and word.isdigit() for word in words[1:]):
