@@ -175,6 +175,9 @@ class _Loader:
 
     def _lapic(self, where: str) -> None:
         saved = self.parsed.packed["lapic_state"]
+        # Twice: the kernel works out the processor priority before it counts the interrupts in service, so that the
+        # first time it is that of none (kvm_apic_set_state: apic_update_ppr() before kvm_apic_update_apicv()).
+        self.vcpu.set_packed("lapic_state", saved)
         self.vcpu.set_packed("lapic_state", saved)
         compare_lapic(saved, self.vcpu.get_packed("lapic_state"), self.fidelity, where)
 
