@@ -13,7 +13,7 @@ from .bus import Device
 from .end import EndCallback, GuestEnd
 
 DATA_PORT, COMMAND_PORT = 0x60, 0x64
-COMMAND_OFFSET = COMMAND_PORT - DATA_PORT
+DATA_OFFSET, COMMAND_OFFSET = 0, COMMAND_PORT - DATA_PORT
 STATUS_OBF, STATUS_SYSTEM, STATUS_COMMAND, STATUS_UNLOCKED = 1 << 0, 1 << 2, 1 << 3, 1 << 4
 READ_MODE, WRITE_MODE = 0x20, 0x60
 DISABLE_AUX, ENABLE_AUX, TEST_AUX, SELF_TEST, TEST_KEYBOARD, DISABLE_KEYBOARD, ENABLE_KEYBOARD = (
@@ -35,7 +35,8 @@ MODE_CHANGES = {
 
 class I8042(Device):
     """``mode`` is the controller command byte, ``output`` the output port, ``pending`` the command that waits for its
-    data byte or 0, ``answer`` at most one byte that waits at port 0x60. Add port 0x60 to the bus before 0x64."""
+    data byte or 0, ``answer`` at most one byte that waits at port 0x60. The ports
+    between 0x60 and 0x64 are not its own and read all ones."""
 
     name = "i8042"
 
@@ -52,14 +53,18 @@ class I8042(Device):
         self._last_data = 0
 
     def read(self, offset: int, size: int) -> int:
-        return self._read_status() if offset == COMMAND_OFFSET else self._read_data()
+        return {DATA_OFFSET: self._read_data, COMMAND_OFFSET: self._read_status}.get(offset, self._absent)()
 
     def write(self, offset: int, size: int, value: int) -> None:
-        self._last_was_command = offset == COMMAND_OFFSET
-        if self._last_was_command:
+        if offset == COMMAND_OFFSET:
+            self._last_was_command = True
             self._command(value & 0xFF)
-        else:
+        elif offset == DATA_OFFSET:
+            self._last_was_command = False
             self._take_data(value & 0xFF)
+
+    def _absent(self) -> int:
+        return 0xFF
 
     def _read_status(self) -> int:
         return (

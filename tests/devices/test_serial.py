@@ -121,7 +121,9 @@ def test_waiting_output_moves_with_the_state_and_is_sent_once(new_line: Callable
     assert destination.nothing_more(), "nothing is sent before the guest runs there"
     destination.uart.resume()
     assert destination.received(10) == written[-1:] + b"in flight"
+    began = time.monotonic()
     source.backend.close()
+    assert time.monotonic() - began < serial.CLOSE_WAIT_S / 2, "a paused UART has nothing to wait for"
     assert source.nothing_more(), "what was handed over is not sent here again"
 
 

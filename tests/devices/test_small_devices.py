@@ -102,6 +102,15 @@ def test_i8042_keeps_its_mode(board: Board) -> None:
     assert board.pio.read(0x60, 1) == 0x57
 
 
+def test_ports_between_those_of_the_i8042_are_not_its_own() -> None:
+    bus = PioBus()
+    bus.add(I8042(lambda end: None), i8042.DATA_PORT, i8042.COMMAND_OFFSET + 1)
+    bus.write(0x64, 1, 0xAA)
+    bus.write(0x62, 1, 0xAB)
+    assert [bus.read(port, 1) for port in (0x61, 0x62, 0x63)] == [0xFF] * 3
+    assert bus.read(0x60, 1) == 0x55
+
+
 def test_i8042_finds_no_keyboard(board: Board) -> None:
     board.pio.write(0x60, 1, 0xFF)
     assert not board.pio.read(0x64, 1) & 0x01
