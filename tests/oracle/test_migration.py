@@ -8,10 +8,12 @@ import pytest
 
 from .digest import load_pairs, require_equal
 from .heartbeat import judge, require_progress
-from .world import MOVED, POWERED_OFF, Process, World
+from .world import MOVED, POWERED_OFF, Process, World, wait_job
 
 LEDGER = "beat=10 pages=2000 fill=4 rate=20 irq=1 state=1 ymm=1"
 QUICK_HOPS = 10
+
+pytestmark = pytest.mark.timeout(400)
 
 
 def watch(world: World) -> Path:
@@ -22,10 +24,10 @@ def watch(world: World) -> Path:
     return directory
 
 
-def travel(world: World, guest: Process, hops: int, options: tuple[str, ...] = (), *, unix: bool = False) -> Process:
+def travel(world: World, guest: Process, hops: int, *, unix: bool = False, **parameters: str) -> Process:
     """Move ``guest`` on, ``hops`` times, each time as soon as it has shown that it runs."""
     for _ in range(hops):
-        guest = world.hop(guest, world.unix() if unix else world.tcp(), *options)
+        guest = world.hop(guest, world.unix() if unix else world.tcp(), **parameters)
         require_progress(guest.log, 3)
     return guest
 
@@ -39,21 +41,21 @@ def finish(world: World, guest: Process, hops: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("cpus", "options", "unix", "log_mode"),
+    ("cpus", "compression", "unix", "log_mode"),
     [
-        pytest.param(1, (), False, "clear", id="tcp"),
-        pytest.param(2, (), True, "clear", id="two-vcpus-unix"),
-        pytest.param(2, ("--compress", "zstd"), False, "get", id="two-vcpus-zstd-get-dirty-log"),
+        pytest.param(1, "none", False, "clear", id="tcp"),
+        pytest.param(2, "none", True, "clear", id="two-vcpus-unix"),
+        pytest.param(2, "zstd", False, "get", id="two-vcpus-zstd-get-dirty-log"),
     ],
 )
 def test_ping_pong_loses_nothing(
-    world: World, cpus: int, options: tuple[str, ...], unix: bool, log_mode: str
+    world: World, cpus: int, compression: str, unix: bool, log_mode: str
 ) -> None:
     world.environment["KVMIGRATE_TEST_LOG_MODE"] = log_mode
     hops = QUICK_HOPS if cpus == 1 else QUICK_HOPS // 2
     digests = watch(world)
     guest = world.run("ledger", LEDGER, cpus=cpus)
-    guest = travel(world, guest, hops, options, unix=unix)
+    guest = travel(world, guest, hops, unix=unix, **{"x-kvmigrate-compression": compression})
     finish(world, guest, hops)
     pairs = load_pairs(digests)
     assert len(pairs) == hops
@@ -89,6 +91,20 @@ def test_a_paused_guest_stays_paused_and_is_equal_over_qmp(world: World) -> None
     world.send(source, address)
     assert source.wait_end() == MOVED
     assert destination.wait_status("paused") == "paused"
+    assert require_equal(out, destination.execute("x-digest")) == 32 << 8
+    destination.execute("cont")
+    finish(world, destination, 1)
+
+
+def test_a_running_guest_is_equal_over_qmp_at_both_ends(world: World) -> None:
+    """No hook in either process: the source is asked after the guest has left, the destination before it runs."""
+    source = world.run("ledger", LEDGER, cpus=2)
+    address = world.unix()
+    destination = world.receive(address, "--paused")
+    with source.client() as client:
+        client.execute("migrate", {"uri": address})
+        assert wait_job(client)["status"] == "completed"
+        out = client.execute("x-digest")
     assert require_equal(out, destination.execute("x-digest")) == 32 << 8
     destination.execute("cont")
     finish(world, destination, 1)

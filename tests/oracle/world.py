@@ -24,6 +24,7 @@ from .recorder import Recorder, SerialLog
 READY_S = 20.0
 END_S = 60.0
 POWERED_OFF, ERROR, CRASHED, MOVED, STOPPED = 0, 2, 4, 6, 8
+ENDED = ("completed", "failed", "cancelled", "commit-unknown")
 LAUNCHER = Path(__file__).with_name("launcher.py")
 
 
@@ -157,11 +158,13 @@ class World:
         result: Mapping[str, Any] = json.loads(done.stdout.splitlines()[-1])
         return result
 
-    def hop(self, source: Process, address: str, *options: str) -> Process:
-        """Migrate to a new process at ``address``; returns the destination, with the source ended as moved."""
+    def hop(self, source: Process, address: str, **parameters: Any) -> Process:
+        """Migrate by QMP to a new process at ``address``; returns the destination, with the source ended as moved."""
         destination = self.receive(address)
-        self.send(source, address, *options)
-        assert source.wait_end() == MOVED, source.stderr
+        job = migrate(source, address, **parameters)
+        assert job["status"] == "completed", job
+        status = source.wait_end()
+        assert status == MOVED, f"exit status {status}: {source.stderr} {destination.stderr}"
         return destination
 
     def tcp(self) -> str:
@@ -174,6 +177,26 @@ class World:
         for process in self.processes:
             if process.popen.poll() is None:
                 process.kill()
+
+
+def migrate(source: Process, address: str, **parameters: Any) -> Mapping[str, Any]:
+    """Migrate ``source`` by QMP, with migrate-set-parameters first; the last report of the job, however it ended."""
+    with source.client() as client:
+        if parameters:
+            client.execute("migrate-set-parameters", parameters)
+        client.execute("migrate", {"uri": address})
+        return wait_job(client)
+
+
+def wait_job(client: Client, timeout_s: float = END_S) -> Mapping[str, Any]:
+    """The report of the job under way once it has ended, or cannot end by itself."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        job: Mapping[str, Any] = client.execute("x-kvmigrate-job")
+        if job["status"] in ENDED:
+            return job
+        assert time.monotonic() < deadline, f"still {job['status']}"
+        time.sleep(0.02)
 
 
 @contextmanager

@@ -1,0 +1,180 @@
+"""A TCP proxy between source and destination that knows where frames begin, and strikes at a chosen one.
+
+It listens where the source believes the destination to be. A :class:`Strike` names a kind of frame (which also says
+the direction) and what happens when the first of that kind comes by: before it is passed on, or after.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from enum import Enum
+from types import TracebackType
+
+from kvmigrate.state.frame import HEADER, FrameKind, decode_header
+
+CHUNK_BYTES = 1 << 16
+NOTHING = struct.pack("ii", 1, 0)  # SO_LINGER: close with a reset
+
+
+class Action(Enum):
+    """What happens to the link, or to one of its ends."""
+
+    CUT = "cut"
+    RESET = "reset"
+    STALL = "stall"
+    CORRUPT = "corrupt"
+    CALL = "call"
+
+
+@dataclass
+class Strike:
+    """At the first frame of ``kind``. ``after``: once it has been passed on. ``call`` is for :attr:`Action.CALL`.
+
+    ``down``: from then on no new connection is let through either, until :meth:`Proxy.mend`.
+    """
+
+    kind: FrameKind
+    action: Action
+    after: bool = False
+    down: bool = False
+    call: Callable[[], None] = lambda: None
+    struck: threading.Event = field(default_factory=threading.Event)
+
+
+class Proxy:
+    """Passes frames between whoever connects and ``target``, in threads of its own. A context manager."""
+
+    def __init__(self, target: tuple[str, int], strike: Strike | None = None) -> None:
+        self._target = target
+        self._strike = strike
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._sockets: list[socket.socket] = []
+        self._down = threading.Event()
+        self._mended = threading.Event()
+        self.kinds: list[FrameKind] = []
+
+    @property
+    def address(self) -> str:
+        return f"tcp://127.0.0.1:{self._listener.getsockname()[1]}"
+
+    def __enter__(self) -> Proxy:
+        threading.Thread(target=self._accept, daemon=True).start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._mended.set()
+        self._listener.close()
+        self.drop()
+
+    def drop(self) -> None:
+        """Close what is open: a stalled link is found dead at last."""
+        for sock in self._sockets:
+            _close(sock)
+
+    def mend(self) -> None:
+        """Let connections through again."""
+        self._down.clear()
+        self._mended.set()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                near, _ = self._listener.accept()
+            except OSError:
+                return
+            if self._down.is_set():
+                _close(near)
+                continue
+            try:
+                far = socket.create_connection(self._target, 5)
+            except OSError:
+                _close(near)
+                continue
+            far.settimeout(None)
+            self._sockets += [near, far]
+            for one, other in ((near, far), (far, near)):
+                one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                threading.Thread(target=self._pass_on, args=(one, other), daemon=True).start()
+
+    def _pass_on(self, source: socket.socket, sink: socket.socket) -> None:
+        """Frames from ``source`` to ``sink`` until either ends; then both do."""
+        with suppress(OSError, EOFError):
+            while self._frame(source, sink):
+                pass
+        _close(source)
+        _close(sink)
+
+    def _frame(self, source: socket.socket, sink: socket.socket) -> bool:
+        head = _read(source, HEADER.size)
+        header = decode_header(head)
+        kind = FrameKind(header.kind)
+        self.kinds.append(kind)
+        strike = self._strike if self._strike and self._strike.kind is kind else None
+        if strike and strike.struck.is_set():
+            strike = None
+        if strike and not strike.after and not self._hit(strike, source, sink):
+            return False
+        left = header.length
+        if strike and strike.action is Action.CORRUPT:
+            head, left = self._corrupt(strike, head, left, source, sink)
+        else:
+            sink.sendall(head)
+        while left:
+            data = _read(source, min(left, CHUNK_BYTES))
+            sink.sendall(data)
+            left -= len(data)
+        return not (strike and strike.after) or self._hit(strike, source, sink)
+
+    def _hit(self, strike: Strike, source: socket.socket, sink: socket.socket) -> bool:
+        """Whether the frame (or the next one) may still go its way."""
+        if strike.action is Action.CORRUPT:
+            return True
+        if strike.down:
+            self._down.set()
+        strike.struck.set()
+        if strike.action is Action.CALL:
+            strike.call()
+            return True
+        if strike.action is Action.STALL:
+            self._mended.wait()
+        if strike.action is Action.RESET:
+            for sock in (source, sink):
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NOTHING)
+        return False
+
+    def _corrupt(
+        self, strike: Strike, head: bytes, left: int, source: socket.socket, sink: socket.socket
+    ) -> tuple[bytes, int]:
+        """Flip one bit: of the payload's last byte, which for PAGES is a byte of guest memory."""
+        strike.struck.set()
+        sink.sendall(head)
+        while left > 1:
+            data = _read(source, min(left - 1, CHUNK_BYTES))
+            sink.sendall(data)
+            left -= len(data)
+        sink.sendall(bytes([_read(source, 1)[0] ^ 0x04]))
+        return head, 0
+
+
+def _read(sock: socket.socket, count: int) -> bytes:
+    data = bytearray()
+    while len(data) < count:
+        chunk = sock.recv(count - len(data))
+        if not chunk:
+            raise EOFError
+        data += chunk
+    return bytes(data)
+
+
+def _close(sock: socket.socket) -> None:
+    with suppress(OSError):
+        sock.shutdown(socket.SHUT_RDWR)
+    with suppress(OSError):
+        sock.close()
