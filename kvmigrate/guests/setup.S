@@ -228,7 +228,10 @@ wait_ms:
     ret
 
 // The PIT at 100 Hz through the PIC and LINT0, the UART's receive interrupt through IOAPIC pin 4.
+// LINT0 stays masked until the PIC has its vectors: ICW1 opens all its lines, and the PIT runs already.
 route_interrupts:
+    mov eax, LAPIC
+    mov dword ptr [rax + LAPIC_LVT_LINT0], 0x10700
     lea rsi, [pic_setup]
 1:  movzx edx, byte ptr [rsi]
     mov al, [rsi + 1]
