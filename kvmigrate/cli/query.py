@@ -20,7 +20,7 @@ def list_vms(*, as_json: bool) -> int:
         show.print_json({"vms": rows})
     elif rows:
         cells = [
-            [row["name"], row["status"], show.size(row["memory-bytes"]), str(row["vcpus"]), str(row["pid"])]
+            [row["name"], row["status"], show.size(row["memory-bytes"]) if row["vcpus"] else "–", str(row["vcpus"] or "–"), str(row["pid"])]
             for row in rows
         ]
         show.table("", ["name", "state", "memory", "vCPUs", "pid"], cells, right=(2, 3, 4))

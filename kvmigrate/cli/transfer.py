@@ -79,7 +79,7 @@ def snapshot(name: str, directory: Path, compress: str, *, paused: bool, as_json
 def _conclude(job: Mapping[str, Any], failure: type[KvmigrateError], *, as_json: bool, verbose: bool) -> int:
     """Print the result of an ended job, or raise ``failure`` with the reason why there is none."""
     if as_json:
-        show.print_json(job)
+        show.print_json({key: job[key] for key in job.keys() - {"progress", "result"}} | job.get("result", {}))
     if job["status"] != "completed":
         raise failure(_reason(job))
     if not as_json:

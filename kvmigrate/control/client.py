@@ -64,7 +64,10 @@ class Client:
         except OSError as error:
             raise ControlError(f"VM {self._name} hung up: {error.strerror or error}") from None
         while True:
-            reply = self._receive()
+            try:
+                reply = self._receive()
+            except TimeoutError:
+                raise ControlError(f"VM {self._name} did not answer {command} in {REPLY_TIMEOUT_S:.0f} s") from None
             if "event" in reply:
                 self._events.append(reply)
             elif "error" in reply:
@@ -114,9 +117,7 @@ class Client:
         while (end := self._received.find(b"\n")) < 0:
             try:
                 data = self._socket.recv(1 << 16)
-            except TimeoutError:
-                raise
-            except OSError as error:
+            except ConnectionError as error:
                 raise ControlError(f"VM {self._name} hung up: {error.strerror or error}") from None
             if not data:
                 raise ControlError(f"VM {self._name} hung up")

@@ -41,7 +41,11 @@ def test_help_answers_in_under_300_ms(host: Host) -> None:
 def test_nothing_heavy_is_imported_before_it_is_needed(arguments: list[str], host: Host) -> None:
     code = f"import sys; from kvmigrate.cli.app import run_command; run_command({arguments!r}); print(*sys.modules)"
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"XDG_RUNTIME_DIR": str(host.run_dir)}
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"XDG_RUNTIME_DIR": str(host.run_dir)},
     )
     loaded = set(done.stdout.split())
     assert "kvmigrate.cli.app" in loaded
@@ -99,7 +103,7 @@ ERRORS = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "text"), ERRORS, ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+@pytest.mark.parametrize(("arguments", "text"), ERRORS, ids=[" ".join(arguments) for arguments, _ in ERRORS])
 def test_an_error_is_one_line_with_status_2(host: Host, arguments: list[str], text: str) -> None:
     done = host(*arguments)
     assert done.status == 2
@@ -151,7 +155,7 @@ def test_a_reader_that_goes_away_is_no_error_message(host: Host) -> None:
 
 def test_a_socket_that_nobody_serves_is_an_error_of_one_line(host: Host) -> None:
     """A process that holds the name and does not answer: here, one that does not even listen."""
-    code = "import sys; from kvmigrate.control.runtime import claim; held = claim('mute'); print(flush=True); sys.stdin.read()"
+    code = "import sys; from kvmigrate.control import runtime as r; h = r.claim('mute'); print(flush=True); input()"
     with subprocess.Popen(
         [sys.executable, "-c", code],
         stdin=subprocess.PIPE,
@@ -217,7 +221,7 @@ def test_doctor_says_how_to_mend_a_runtime_directory(host: Host) -> None:
     (host.run_dir / "kvmigrate").mkdir(mode=0o755)
     done = host("doctor", "--json")
     assert done.status == 1
-    assert [c["text"] for c in done.json["checks"] if c["status"] == "fail"][0].endswith("or remove it")
+    assert next(c["text"] for c in done.json["checks"] if c["status"] == "fail").endswith("or remove it")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,210 @@
+"""VM processes as a user meets them: how they start, what they answer, how they end, and that they leave nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from qemu.qmp import ExecuteError, QMPClient
+
+from . import sectors
+from .command import Host, wait_until
+
+pytestmark = pytest.mark.kvm
+
+SMALL = ("--memory", "8M", "--serial", "null", "--boot", "flat")
+
+
+@contextmanager
+def running(host: Host, name: str, code: bytes = sectors.SLEEP, *options: str) -> Iterator[subprocess.Popen[str]]:
+    """A VM process called ``name`` whose control socket answers."""
+    with host.start("run", sectors.sector(host.directory, code), "--name", name, *SMALL, *options) as process:
+        wait_until(lambda: process.poll() is not None or host.ask(name, "query-status"), f"VM {name}")
+        assert process.poll() is None, process.communicate()
+        yield process
+
+
+def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
+    """The exit status and what was said on standard error."""
+    _, err = process.communicate(timeout=30)
+    return process.returncode, err
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "text"),
+    [
+        (sectors.POWER_OFF, 0, ""),
+        (sectors.DEBUG_EXIT_3, 7, ""),
+        (sectors.RESET, 10, "the guest asked for a reset"),
+    ],
+)
+def test_the_exit_status_says_how_the_guest_ended(host: Host, code: bytes, status: int, text: str) -> None:
+    done = host("run", sectors.sector(host.directory, code), *SMALL)
+    assert (done.status, done.out) == (status, "")
+    assert (text in done.err) if text else (done.err == "")
+    assert len(done.err.splitlines()) <= 1
+    assert host.left_behind == []
+
+
+def test_a_crash_is_named(host: Host) -> None:
+    image = sectors.triple_fault(host.directory)
+    done = host("run", image, "--memory", "8M", "--serial", "null", "--boot", "multiboot")
+    assert done.status == 4
+    assert "SHUTDOWN" in done.err
+    assert len(done.err.splitlines()) == 1
+
+
+def test_a_running_vm_is_listed_queried_paused_resumed_and_stopped(host: Host) -> None:
+    with running(host, "one", sectors.SLEEP, "--cpus", "2") as process:
+        (row,) = host("list", "--json").json["vms"]
+        expected = {"name": "one", "status": "running", "memory-bytes": 8 << 20, "vcpus": 2, "pid": process.pid}
+        assert row == expected
+        assert "one" in host("list").out
+        assert host("pause", "one").out == "one: paused\n"
+        assert host("pause", "one").status == 0
+        assert host("query", "one", "--json").json["status"] == "paused"
+        assert host("resume", "one").out == "one: running\n"
+        asked = host("query", "one", "--json").json
+        assert {key: asked[key] for key in expected} == expected
+        assert asked["job"] == {"kind": "none"}
+        assert asked["uuid"] in host("query", "one").out
+        assert host("stop", "one").out == "one: stopped\n"
+        assert ended(process) == (8, "kvmigrate: VM one was stopped by the operator\n")
+    assert host.left_behind == []
+
+
+def test_a_vm_can_be_started_paused(host: Host) -> None:
+    with running(host, "one", sectors.POWER_OFF, "--paused") as process:
+        assert host.ask("one", "query-status")["status"] == "prelaunch"
+        host("resume", "one")
+        assert ended(process)[0] == 0
+
+
+def test_a_taken_name_is_refused_and_the_holder_unharmed(host: Host) -> None:
+    with running(host, "one"):
+        done = host("run", sectors.sector(host.directory, sectors.SLEEP), "--name", "one", *SMALL)
+        assert done.status == 2
+        assert "a VM named one is running already" in done.err
+        assert host.ask("one", "query-name")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_ends_it_in_good_order(host: Host, number: signal.Signals) -> None:
+    with running(host, "one") as process:
+        process.send_signal(number)
+        assert ended(process) == (8, f"kvmigrate: VM one was stopped by {number.name}\n")
+    assert host.left_behind == []
+
+
+def test_a_killed_process_leaves_its_name_free(host: Host) -> None:
+    with running(host, "one") as process:
+        process.kill()
+        process.wait()
+        assert host("list").out == "no VM is running\n"
+        assert host.left_behind == []
+        with running(host, "one"):
+            assert host.ask("one", "query-name") == {"name": "one"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["absent"], "absent"),
+        (["/"], "/"),
+        (["/dev/null"], "/dev/null"),
+        (["IMAGE", "--initrd", "absent"], "absent"),
+        (["IMAGE", "--serial", "carrier-pigeon"], "is not a serial backend"),
+        (["IMAGE", "--serial", "unix:/absent/socket"], "/absent/socket"),
+        (["IMAGE", "--boot", "linux"], "IMAGE"),
+    ],
+)
+def test_what_cannot_start_is_one_line_and_leaves_nothing(host: Host, arguments: list[str], text: str) -> None:
+    image = sectors.sector(host.directory, sectors.SLEEP)
+    given = [str(image) if word == "IMAGE" else word for word in arguments]
+    done = host("run", *given, "--name", "one", "--memory", "8M")
+    assert done.status == 2
+    assert text.replace("IMAGE", str(image)) in done.err
+    assert len(done.err.splitlines()) == 1, done.err
+    assert host.left_behind == []
+
+
+def test_several_processes_live_side_by_side(host: Host) -> None:
+    with running(host, "a"), running(host, "b"):
+        assert [vm["name"] for vm in host("list", "--json").json["vms"]] == ["a", "b"]
+        host("stop", "a")
+        assert [vm["name"] for vm in host("list", "--json").json["vms"]] == ["b"]
+
+
+async def _script_for_qemu(socket: Path, uri: str) -> list[str]:
+    """Moves a guest as one would move QEMU's, with QEMU's own library. Returns the statuses that were told."""
+    client = QMPClient("script")
+    await client.connect(str(socket))
+    assert (await client.execute("query-kvm")) == {"enabled": True, "present": True}
+    assert (await client.execute("query-migrate")) == {}
+    assert (await client.execute("query-status"))["running"] is True
+    assert len(await client.execute("query-cpus-fast")) == 1
+    with pytest.raises(ExecuteError, match="cannot reset a guest"):
+        await client.execute("system_reset")
+    capabilities = [{"capability": "events", "state": True}, {"capability": "multifd", "state": False}]
+    await client.execute("migrate-set-capabilities", {"capabilities": capabilities})
+    await client.execute("migrate-set-parameters", {"downtime-limit": 500, "max-bandwidth": 1 << 40})
+    statuses: list[str] = []
+    with client.listener(("MIGRATION", "STOP")) as listener:
+        await client.execute("migrate", {"uri": uri})
+        while "completed" not in statuses:
+            told = await asyncio.wait_for(listener.get(), 30)
+            statuses.append(told["data"]["status"] if told["event"] == "MIGRATION" else told["event"])
+    figures = await client.execute("query-migrate")
+    assert figures["status"] == "completed"
+    assert figures["ram"]["total"] == 8 << 20
+    assert figures["ram"]["remaining"] == 0
+    assert figures["ram"]["transferred"] > 0
+    assert figures["ram"]["dirty-sync-count"] >= 1
+    assert {"total-time", "downtime", "setup-time"} <= figures.keys()
+    assert (await client.execute("query-status"))["status"] == "postmigrate"
+    with pytest.raises(ExecuteError, match="postmigrate"):
+        await client.execute("cont")
+    await client.execute("quit")
+    await client.disconnect()
+    return statuses
+
+
+@pytest.mark.parametrize("form", ["tcp:127.0.0.1:{port}", "tcp://127.0.0.1:{port}"])
+def test_a_script_for_qemu_moves_a_guest_unchanged(host: Host, form: str) -> None:
+    with running(host, "one") as source, waiting(host, "two") as (target, address):
+        uri = form.format(port=address.rpartition(":")[2])
+        statuses = asyncio.run(_script_for_qemu(host.socket("one"), uri))
+        assert [word for word in statuses if word != "STOP"] == ["setup", "active", "device", "completed"]
+        assert "STOP" in statuses
+        assert ended(source) == (6, f"kvmigrate: VM one has moved to {address}\n")
+        assert host.ask("two", "query-status")["status"] == "running"
+        host("stop", "two")
+        assert ended(target)[0] == 8
+    assert host.left_behind == []
+
+
+@contextmanager
+def waiting(host: Host, name: str, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A process that waits for a guest, and the address it waits at."""
+    with host.start("receive", "tcp://127.0.0.1:0", "--name", name, "--serial", "null", *options) as process:
+        assert process.stderr is not None
+        said = process.stderr.readline()
+        assert said.startswith(f"kvmigrate: {name} waits for a guest at tcp://127.0.0.1:"), said
+        wait_until(host.socket(name).exists, f"the socket of {name}")
+        yield process, said.split()[-1]
+
+
+def test_a_waiting_process_says_so_and_can_be_ended(host: Host) -> None:
+    with waiting(host, "two") as (process, _):
+        (row,) = host("list", "--json").json["vms"]
+        assert (row["status"], row["memory-bytes"]) == ("inmigrate", 0)
+        for verb in ("pause", "resume"):
+            assert "inmigrate" in host(verb, "two").err or "under way" in host(verb, "two").err
+        assert host("stop", "two").status == 0
+        assert ended(process)[0] == 8
+    assert host.left_behind == []
