@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from ..control import runtime
@@ -19,14 +20,16 @@ def list_vms(*, as_json: bool) -> int:
     if as_json:
         show.print_json({"vms": rows})
     elif rows:
-        cells = [
-            [row["name"], row["status"], show.size(row["memory-bytes"]) if row["vcpus"] else "–", str(row["vcpus"] or "–"), str(row["pid"])]
-            for row in rows
-        ]
-        show.table("", ["name", "state", "memory", "vCPUs", "pid"], cells, right=(2, 3, 4))
+        show.table("", ["name", "state", "memory", "vCPUs", "pid"], [_cells(row) for row in rows], right=(2, 3, 4))
     else:
         print("no VM is running")
     return 0
+
+
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    # A process that waits for a guest has no memory and no vCPUs yet.
+    machine = (show.size(row["memory-bytes"]), str(row["vcpus"])) if row["vcpus"] else ("–", "–")
+    return [row["name"], row["status"], *machine, str(row["pid"])]
 
 
 def _describe(name: str) -> dict[str, Any] | None:
