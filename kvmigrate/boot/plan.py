@@ -95,8 +95,11 @@ class LoadPlan:
         return self.place_below(LOW_RAM_END, data, what, align=align)
 
     def place_after(self, data: bytes, what: str) -> int:
-        """Place ``data`` on the first page boundary from 1 MiB that has room, below 4 GiB; returns its address."""
-        ends = sorted([HIGH_RAM, *(piece.end for piece in self._pieces if piece.end > HIGH_RAM)])
+        """Place ``data`` on a page boundary behind all that lies from 1 MiB to 3 GiB, or else in the highest gap.
+
+        Returns its address.
+        """
+        ends = sorted([HIGH_RAM, *(piece.end for piece in self._pieces if piece.end > HIGH_RAM)], reverse=True)
         for end in ends:
             gpa = -(-end // PAGE_BYTES) * PAGE_BYTES
             if gpa + len(data) <= HOLE_START and self._is_free(gpa, len(data)):

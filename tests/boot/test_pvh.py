@@ -51,7 +51,14 @@ def test_initrd_is_the_one_module(load: Load, tmp_path: Path) -> None:
     assert start_info(guest)["nr_modules"] == 1
     paddr, size, cmdline, reserved = guest.words(start_info(guest)["modlist_paddr"], "4Q")
     assert guest.read(paddr, size) == initrd.read_bytes()
-    assert paddr % 4096 == 0 and (cmdline, reserved) == (0, 0)
+    assert paddr == 0x201000 and (cmdline, reserved) == (0, 0), "on the page behind the kernel"
+
+
+def test_initrd_goes_before_the_kernel_when_there_is_no_room_behind(load: Load, tmp_path: Path) -> None:
+    initrd = tmp_path / "initrd"
+    initrd.write_bytes(b"i" * 0x8000)
+    guest = load(pvh_kernel(tmp_path), 0x208000, initrd=initrd)
+    assert guest.words(start_info(guest)["modlist_paddr"], "QQ") == (0x100000, 0x8000)
 
 
 @pytest.mark.parametrize(

@@ -145,6 +145,14 @@ def test_a_paused_uart_takes_no_input(line: Line) -> None:
     wait_until(lambda: line.uart.save()["rx"] == b"l", "input comes after resume")
 
 
+def test_a_new_uart_takes_no_input_before_it_is_resumed() -> None:
+    uart = Serial(lambda level: None, Backend())
+    uart.fill(lambda most: b"x" * most)
+    assert not uart.rx_wanted() and uart.save()["rx"] == b""
+    uart.resume()
+    assert uart.rx_wanted()
+
+
 def test_resume_drives_the_interrupt_line_to_its_level(new_line: Callable[[], Line]) -> None:
     source, destination = new_line(), new_line()
     write(source, IER, 0x01)
