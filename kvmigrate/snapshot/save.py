@@ -26,7 +26,7 @@ from ..contract import Migratable, RunState
 from ..errors import Cancelled, HostError, NotConverged, StateError, check
 from ..memory.region import GuestMemory
 from ..precopy.converge import Decision, Limits
-from ..precopy.ledger import RoundRecord, Totals
+from ..precopy.ledger import Downtime, RoundRecord, Totals
 from ..precopy.progress import Progress
 from ..precopy.rounds import PreCopy
 from ..state.section import Section, Value
@@ -57,13 +57,19 @@ class SnapshotResult:
 
     directory: Path
     rounds: tuple[RoundRecord, ...]
-    pause_ms: float
-    """From before the first vCPU was stopped until all were let go again; 0 when the guest did not run anyway."""
+    pause: Downtime
+    """From before the first vCPU was stopped until all were let go again, in its parts; all 0 when the guest did not
+    run anyway. ``send`` is the flushing of the files, which a live snapshot does not do in the pause."""
     total_ms: float
     """Until the snapshot was durable under its name."""
     state_bytes: int
     why: str
     """Why the guest was stopped for the last round just then."""
+
+    @property
+    def pause_ms(self) -> float:
+        """How long the guest stood still."""
+        return self.pause.total
 
     @property
     def totals(self) -> Totals:
@@ -77,6 +83,7 @@ class SnapshotResult:
             "directory": str(self.directory),
             "rounds": [record.to_value() for record in self.rounds],
             "pause-time": round(self.pause_ms, 3),
+            "pause": {part: ms for part, ms in self.pause.to_value().items() if part != "load"},
             "total-time": round(self.total_ms, 3),
             "bytes": totals.bytes_sent + self.state_bytes,
             "pages": totals.normal,
@@ -113,7 +120,7 @@ def take(
     return SnapshotResult(
         directory=directory,
         rounds=tuple(job.precopy.records),
-        pause_ms=job.pause_ms,
+        pause=job.pause,
         total_ms=(time.monotonic() - begin) * 1e3,
         state_bytes=state_bytes,
         why=job.why,
@@ -135,8 +142,21 @@ def _explained(staging: Staging, sink: MemorySink) -> Iterator[None]:
         raise NotConverged(f"{error}; or stop the guest for all of it with --paused") from error
 
 
+class _Laps:
+    """What each part of the pause took, in milliseconds, under the names of :class:`Downtime`."""
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+        self.ms: dict[str, float] = {}
+
+    def lap(self, part: str) -> None:
+        now = time.monotonic()
+        self.ms[part] = (now - self._last) * 1e3
+        self._last = now
+
+
 class _Job:
-    """One snapshot being taken. ``pause_ms`` and ``why`` are what the result tells of it."""
+    """One snapshot being taken. ``pause`` and ``why`` are what the result tells of it."""
 
     def __init__(
         self,
@@ -163,7 +183,7 @@ class _Job:
             abort_fd=abort_fd,
             observe=self._round_ended,
         )
-        self.pause_ms = 0.0
+        self.pause = Downtime()
         self.why = "the guest stood still for all of it"
 
     def run_live(self) -> int:
@@ -171,10 +191,12 @@ class _Job:
         self._tell_start()
         try:
             self.why = self.precopy.run().why
-            with self._stopped():
+            with self._stopped() as laps:
                 sections = self._machine.save()
+                laps.lap("state")
                 # Saving may write guest memory, so the last sync comes after it.
                 self.precopy.last_round()
+                laps.lap("last_pages")
             self._tell_end()
             # Only copying a page changes its hash, so what the guest writes from here on is not in them.
             index, hashes = self._index()
@@ -185,29 +207,35 @@ class _Job:
     def run_paused(self) -> int:
         """Stop the guest until the snapshot is durable; returns the size of ``state`` in bytes."""
         self._tell_start()
-        with self._stopped():
+        with self._stopped() as laps:
             # As above: the pages last.
             sections = self._machine.save()
+            laps.lap("state")
             self.precopy.copy_paused()
+            laps.lap("last_pages")
             self._tell_end()
-            return self._finish(sections, *self._index())
+            written = self._finish(sections, *self._index())
+            laps.lap("send")
+        return written
 
     @contextmanager
-    def _stopped(self) -> Iterator[None]:
+    def _stopped(self) -> Iterator[_Laps]:
         """The guest stands still inside, and goes on afterwards as it did before, whatever happened."""
-        begin = time.monotonic()
+        laps = _Laps()
         try:
             self._machine.pause(RunState.SAVE_VM)
             if self._machine.runstate is not RunState.SAVE_VM:
                 raise StateError(self._machine.runstate, "running or paused")
-            yield
+            laps.lap("stop")
+            yield laps
         finally:
             # A guest that ended by itself meanwhile has another state by now, and keeps it. One that could not be
             # stopped may have some of its vCPUs parked: it is let go, too.
             if self._machine.runstate in (RunState.SAVE_VM, self._before):
                 if self._before is RunState.RUNNING:
                     self._machine.resume()
-                    self.pause_ms = (time.monotonic() - begin) * 1e3
+                    laps.lap("resume")
+                    self.pause = Downtime(**laps.ms)
                 else:
                     # A guest that was not started yet is a paused one now: there is no way back to PRELAUNCH.
                     self._machine.pause(RunState.PAUSED)

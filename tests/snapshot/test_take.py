@@ -110,6 +110,7 @@ def test_paused_mode_stops_the_guest_until_the_files_are_flushed(
         assert flushed == [RunState.SAVE_VM]
         assert machine.runstate is RunState.RUNNING
         assert len(result.rounds) == 1 and result.rounds[0].pages_sent == 100
+        assert result.pause.send > 0
 
 
 @pytest.mark.parametrize("state", [RunState.PAUSED, RunState.PRELAUNCH])
@@ -182,6 +183,9 @@ def test_result_as_json_adds_up(tmp_path: Path) -> None:
     assert value["pages"] + value["zero"] == sum(record["pages-dirty"] for record in value["rounds"])
     assert value["bytes"] == 256 * PAGE_BYTES + (tmp_path / "s" / "state").stat().st_size
     assert value["pause-time"] <= value["total-time"] and value["why"]
+    assert set(value["pause"]) == {"stop", "state", "last-pages", "send", "resume"}
+    assert sum(value["pause"].values()) == pytest.approx(value["pause-time"], abs=0.01)
+    assert value["pause"]["send"] == 0 < value["pause"]["last-pages"]
     assert [record["round"] for record in value["rounds"]] == list(range(len(value["rounds"])))
 
 
