@@ -28,6 +28,7 @@ from .abort import Abort
 
 DRAIN_MS = 500.0
 """How long a side that failed goes on reading what is on its way, so that its last word is not lost to a reset."""
+SPIN_MS = 5.0
 _KIB = 1 << 10
 MAX_BYTES: Mapping[int, int] = {
     FrameKind.HELLO: 4 * _KIB,
@@ -84,6 +85,8 @@ class Channel:
         self.broken = False
         """A send failed, maybe inside a frame: nothing more can be said to the peer."""
         self._sent: Any = ffi.new("uint32_t *")
+        self._ahead = memoryview(b"")
+        self._spin_until = 0.0
         self._incoming: Any = ffi.new("struct kmig_incoming *")
 
     @property
@@ -126,9 +129,11 @@ class Channel:
             self.abort.check()
         raise _channel_error(rc, self.peer, self.timeout_ms)
 
-    def recv(self, timeout_ms: float | None = None) -> Frame:
+    def recv(self, timeout_ms: float | None = None, *, spin: bool = False) -> Frame:
         """The next control frame; optional frames of an unknown kind are skipped. A PAGES frame is returned with its
-        payload unread, for the caller to refuse."""
+        payload unread, for the caller to refuse. ``spin`` is for the blackout: look again and again for ``SPIN_MS``
+        before sleeping, since waking up costs more than the frame is away."""
+        self._spin_until = time.monotonic() + SPIN_MS / 1e3 if spin else 0.0
         deadline = self._deadline(timeout_ms)
         while True:
             header = decode_header(self._recv_exact(HEADER.size, deadline))
@@ -152,6 +157,15 @@ class Channel:
             frame = self._recv_body(header, self._deadline(None))
             if frame is not None:
                 return frame
+
+    def read_ahead(self, size_bytes: int) -> None:
+        """Read the next ``size_bytes``, whose size the caller has checked, in one piece; frames come out of it then."""
+        self._ahead = memoryview(self.recv_bytes(size_bytes))
+
+    def end_of_read_ahead(self) -> None:
+        """Raise :class:`BadField` unless the frames so far were exactly what was read ahead."""
+        if self._ahead:
+            raise BadField(f"{len(self._ahead)} bytes are left of the sections that were announced")
 
     def recv_bytes(self, size_bytes: int) -> bytes:
         """Raw bytes inside a frame whose size the caller has checked."""
@@ -222,6 +236,11 @@ class Channel:
         self.check(rc)
 
     def _recv_exact(self, size_bytes: int, deadline: float) -> bytes:
+        if self._ahead:
+            taken, self._ahead = self._ahead[:size_bytes], self._ahead[size_bytes:]
+            if len(taken) < size_bytes:
+                raise BadField("the sections take more bytes than were announced for them")
+            return bytes(taken)
         data = bytearray(size_bytes)
         view, got = memoryview(data), 0
         while got < size_bytes:
@@ -229,7 +248,8 @@ class Channel:
             try:
                 nr_bytes = self._sock.recv_into(view[got:], 0, socket.MSG_DONTWAIT)
             except BlockingIOError:
-                self._wait_readable(deadline)
+                if time.monotonic() >= self._spin_until:
+                    self._wait_readable(deadline)
                 continue
             except OSError as error:
                 raise _channel_error(-(error.errno or errno.EIO), self.peer, self.timeout_ms) from error

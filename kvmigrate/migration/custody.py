@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from enum import Enum
 
 from ..errors import HostError, MigrationError
@@ -36,6 +37,7 @@ class Custody:
         """The source knows the decision: nobody needs the journal or the answers any more."""
         # The decision to run is preceded by a journal that says it has not run: whoever finds that one may say so.
         journal.write(record)
+        journal.stage(replace(record, state=Entry.COMMITTED))
 
     @property
     def state(self) -> State:
@@ -43,12 +45,12 @@ class Custody:
 
     def commit(self) -> None:
         """The guest is ours, by COMMIT or by the operator's word. Raises :class:`MigrationError` when it was discarded
-        before, :class:`HostError` when the journal cannot be written: then it is discarded."""
+        before, :class:`HostError` when the journal cannot be put in place: then it is discarded."""
         with self._lock:
             if self._state is not Custody.State.HELD:
                 raise MigrationError(f"the guest was given up here before COMMIT came: {self._why}")
             try:
-                self._journal.advance(Entry.COMMITTED)
+                self._journal.publish()
             except HostError as error:
                 self._discard(str(error))
                 raise

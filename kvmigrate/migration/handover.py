@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from ..contract import Migratable, RunState
 from ..errors import BadChecksum, MigrationError
 from ..precopy.ledger import Downtime
 from ..precopy.rounds import PreCopy
-from ..state.frame import FrameKind
-from ..state.section import encode, pack
+from ..state.frame import HEADER, FrameKind, check_payload, decode_header, encode_frame
+from ..state.section import Section, decode, encode, pack
 from . import wire
 from .blackout import Stopwatch
 from .channel import Channel, Frame, unexpected
@@ -55,7 +56,8 @@ def switch_over(
     payloads = [encode(section) for section in machine.save()]
     state = watch.lap()
     # Sections go first, so that the destination loads them while the last pages travel.
-    marker = wire.Round(len(precopy.records), sink.pages_sent, 0, 0, sections=len(payloads))
+    size_bytes = sum(HEADER.size + len(payload) for payload in payloads)
+    marker = wire.Round(len(precopy.records), sink.pages_sent, 0, 0, len(payloads), size_bytes)
     sections = [(FrameKind.SECTION, payload) for payload in payloads]
     channel.send_payloads([(FrameKind.ROUND, marker.to_payload()), *sections])
     watch.lap()
@@ -65,7 +67,7 @@ def switch_over(
     memory = machine.memory
     end = wire.End(sink.pages_sent, sink.pages_cleared, memory.digest, memory.nr_hashed, autostart)
     channel.send_payloads([(FrameKind.END, end.to_payload())])
-    ready = wire.Ready.from_payload(expect(channel, FrameKind.READY).payload)
+    ready = wire.Ready.from_payload(expect(channel, FrameKind.READY, spin=True).payload)
     if (ready.digest, ready.nr_hashed) != (end.digest, end.nr_hashed):
         raise BadChecksum(f"{channel.peer} holds other pages than were sent ({ready.digest:#x}, here {end.digest:#x})")
     return Switched(watch, stop, state, last_pages, watch.lap(), ready, end.digest)
@@ -89,9 +91,9 @@ def say_done(channel: Channel) -> None:
     channel.send_payloads([(FrameKind.DONE, pack({}))])
 
 
-def expect(channel: Channel, kind: FrameKind, timeout_ms: float | None = None) -> Frame:
+def expect(channel: Channel, kind: FrameKind, timeout_ms: float | None = None, *, spin: bool = False) -> Frame:
     """The next frame, which must be of ``kind``; FAILED becomes :class:`PeerFailed`."""
-    frame = channel.recv(timeout_ms)
+    frame = channel.recv(timeout_ms, spin=spin)
     if frame.kind == FrameKind.FAILED:
         raise wire.Failed.from_payload(frame.payload).to_error(channel.peer)
     if frame.kind != kind:
@@ -123,3 +125,28 @@ def downtime_parts(switched: Switched, handed_over: HandedOver) -> Downtime:
 def one_way_ms(handed_over: HandedOver) -> float:
     """Half of what COMMIT and RUNNING took to travel."""
     return max(handed_over.to_running - handed_over.running.total_ms, 0.0) / 2
+
+
+def rehearse() -> None:
+    """Go once through the code of the blackout on either side: what runs for the first time takes several times as
+    long (measured: 0.4 ms instead of 0.1 ms for packing one vCPU), and this is cheap while the guest still runs."""
+    decode(encode(Section("rehearsal", 1, {"bytes": bytes(64), "list": [1], "map": {"key": 1}})))
+    for kind, payload in (
+        (FrameKind.ROUND, wire.Round(0, 0, 0, 0, 1, 64).to_payload()),
+        (FrameKind.END, wire.End(0, 0, 0, 0, True).to_payload()),
+        (FrameKind.READY, wire.Ready(0, 0, 0.0, 0.0).to_payload()),
+        (FrameKind.COMMIT, wire.commit_payload(1)),
+        (FrameKind.RUNNING, wire.Running(0.0, 0.0, 0.0, {}).to_payload()),
+    ):
+        frame = encode_frame(kind, payload, 0)
+        check_payload(decode_header(frame[: HEADER.size]), frame[HEADER.size :])
+        _PARSERS[kind](payload)
+
+
+_PARSERS: Mapping[FrameKind, Callable[[bytes], object]] = {
+    FrameKind.ROUND: wire.Round.from_payload,
+    FrameKind.END: wire.End.from_payload,
+    FrameKind.READY: wire.Ready.from_payload,
+    FrameKind.COMMIT: wire.commit_epoch,
+    FrameKind.RUNNING: wire.Running.from_payload,
+}

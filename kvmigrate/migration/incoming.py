@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from enum import Enum
 
 from ..contract import Builder, Migratable, RunState
-from ..errors import BadChecksum, BadField, TooLarge
+from ..errors import BadChecksum, BadField
 from ..state.fidelity import Fidelity
 from ..state.frame import FrameKind
 from ..state.section import Section, Value, decode, unpack
@@ -15,6 +15,7 @@ from . import wire
 from .blackout import Stopwatch, quiet_interpreter
 from .channel import Channel, Frame, unexpected
 from .custody import Custody
+from .handover import rehearse
 from .pages import Decompressor
 
 
@@ -46,7 +47,6 @@ class Incoming:
         self._quiet = ExitStack()
         self._sections: list[Section] = []
         self._sections_due = 0
-        self._sections_bytes = 0
         self._load_ms = 0.0
         self._autostart = True
         self.may_start = True
@@ -85,7 +85,7 @@ class Incoming:
     def _next(self) -> Frame:
         if self.state in (State.RECEIVING, State.LOADED):
             return self._channel.recv_pages(self._built().memory)
-        return self._channel.recv()
+        return self._channel.recv(spin=self.state is State.READY)
 
     def _built(self) -> Migratable:
         assert self.machine is not None, "no state after GREETED is reached without a machine"
@@ -98,6 +98,7 @@ class Incoming:
         self._check_identity(description)
         self.machine = self._builder(description)
         self.custody = self._take_custody()
+        rehearse()
         self._channel.send(FrameKind.ACCEPT, {})
         return State.RECEIVING
 
@@ -119,15 +120,14 @@ class Incoming:
             return State.RECEIVING
         self._quiet.enter_context(quiet_interpreter())
         self._sections_due = round_.sections
+        self._channel.read_ahead(round_.sections_bytes)
         return State.SECTIONS
 
     def _section(self, frame: Frame) -> State:
-        self._sections_bytes += len(frame.payload)
-        if self._sections_bytes > wire.MAX_SECTIONS_BYTES:
-            raise TooLarge(f"the sections hold over {wire.MAX_SECTIONS_BYTES} bytes")
         self._sections.append(decode(frame.payload))
         if len(self._sections) < self._sections_due:
             return State.SECTIONS
+        self._channel.end_of_read_ahead()
         watch = Stopwatch()
         self.fidelity = self._built().load(self._sections)
         self.fidelity.require()
@@ -147,9 +147,7 @@ class Incoming:
             if here != there:
                 raise BadChecksum(f"{what}: {here} arrived, the source says {there}: RAM was damaged on its way")
         self._autostart = end.autostart and self.may_start
-        ready = wire.Ready(
-            memory.digest, memory.nr_hashed, self.fidelity.to_value(), self._load_ms, watch.lap()
-        )
+        ready = wire.Ready(memory.digest, memory.nr_hashed, self._load_ms, watch.lap())
         # The state comes first: should the send fail half-way, the source may have read it and answer by COMMIT.
         self.state = State.READY
         self._channel.send_payloads([(FrameKind.READY, ready.to_payload())])
@@ -168,7 +166,7 @@ class Incoming:
         self.run_guest()
         resume_ms = watch.lap()
         self.custody.ran()
-        running = wire.Running(journal_ms, resume_ms, watch.total())
+        running = wire.Running(journal_ms, resume_ms, watch.total(), self.fidelity.to_value())
         self._channel.send_payloads([(FrameKind.RUNNING, running.to_payload())])
         return State.COMMITTED
 

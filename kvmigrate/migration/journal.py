@@ -14,8 +14,10 @@ What each state says to someone who finds the file, the process that wrote it be
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from pathlib import Path
@@ -60,22 +62,45 @@ class Journal:
         self.path = directory / f"{name}.journal"
         self._temporary = directory / f".{name}.journal.tmp"
         self._record: Record | None = None
+        self._staged: Record | None = None
 
     def write(self, record: Record) -> None:
         """Put ``record`` in place of what is there, whole or not at all."""
+        self.stage(record)
+        self.publish()
+
+    def stage(self, record: Record) -> None:
+        """Have ``record`` ready beside the journal, so that all that is left for the blackout is one rename."""
         data = json.dumps(asdict(record)).encode()
         try:
             fd = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
             try:
                 if os.write(fd, data) != len(data):
-                    raise OSError(28, os.strerror(28))
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             finally:
                 os.close(fd)
-            os.rename(self._temporary, self.path)  # noqa: PTH104 (in the blackout: no Path objects are built)
         except OSError as error:
+            self.unstage()
+            raise self._refused(error) from None
+        self._staged = record
+
+    def publish(self) -> None:
+        """Put the staged record in place."""
+        try:
+            os.rename(self._temporary, self.path)  # noqa: PTH104 (in the blackout: the plainest call there is)
+        except OSError as error:
+            self.unstage()
+            raise self._refused(error) from None
+        self._record, self._staged = self._staged, None
+
+    def unstage(self) -> None:
+        """Forget what is staged. Idempotent."""
+        self._staged = None
+        with suppress(OSError):
             self._temporary.unlink(missing_ok=True)
-            raise HostError(f"the journal {self.path}", error.errno or 5, "free some space there") from None
-        self._record = record
+
+    def _refused(self, error: OSError) -> HostError:
+        return HostError(f"the journal {self.path}", error.errno or errno.EIO, "can its directory be written to?")
 
     def advance(self, state: Entry) -> None:
         """The same record in another state."""
@@ -85,10 +110,9 @@ class Journal:
     def remove(self) -> None:
         """The matter is settled. Idempotent; a journal that cannot be removed is left, which only keeps old news."""
         self._record = None
-        try:
+        self.unstage()
+        with suppress(OSError):
             self.path.unlink(missing_ok=True)
-        except OSError:
-            return
 
     def read(self) -> Record | None:
         """What is there, or None. Raises :class:`StreamError` for a file that is no journal."""
@@ -98,7 +122,7 @@ class Journal:
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise HostError(f"the journal {self.path}", error.errno or 5) from None
+            raise HostError(f"the journal {self.path}", error.errno or errno.EIO) from None
         return _decode(data, str(self.path))
 
 

@@ -49,6 +49,7 @@ from .handover import (
     expect,
     one_way_ms,
     refuse_ended,
+    rehearse,
     say_done,
     switch_over,
 )
@@ -175,6 +176,8 @@ class Source:
             observe=self._after_round,
         )
         self._precopy = precopy
+        self._journal.stage(self._record())
+        rehearse()
         self._result = replace(self._result, setup_ms=self._elapsed_ms())
         self._enter(Status.ACTIVE)
         decision = precopy.run()
@@ -206,7 +209,7 @@ class Source:
         # The operator's cancel is either seen here or refused from here on; it cannot fall between.
         self._abort.disarm()
         # In the journal before it is on the wire: a process that dies between both leaves a doubt, never two guests.
-        self._journal.write(self._record())
+        self._journal.publish()
         self._committed = True
         channel.abort = self._resolution
         try:
@@ -260,7 +263,6 @@ class Source:
         result = replace(
             self._result,
             total_ms=self._elapsed_ms(),
-            fidelity=switched.ready.fidelity,
             digest=switched.digest,
             error="",
         )
@@ -270,6 +272,7 @@ class Source:
                 downtime_ms=handed_over.total,
                 one_way_ms=one_way_ms(handed_over),
                 parts=downtime_parts(switched, handed_over),
+                fidelity=handed_over.running.fidelity,
             )
         if self._precopy is None:
             return result
@@ -307,6 +310,7 @@ class Source:
             reason = self._reason(error)
             self._part(reason)
             self._stop_log()
+            self._journal.unstage()
             self._fail(reason)
         return reason
 

@@ -11,13 +11,13 @@ integers are at most 64 bits wide, times are microseconds on the clock of the si
       | PAGES … ROUND{round,…}  (for every round) ---> |   the guest runs here -----
       |                                                |
       | pause, save                                    |
-      | ROUND{…,sections: n}, n × SECTION -----------> |   loads and reads back while the last pages travel
+      | ROUND{…,sections,sections_bytes}, SECTION … -> |   loads and reads back while the last pages travel
       | sync, PAGES … -------------------------------> |
       | END{pages,bytes,digest,nr_hashed,autostart} -> |   compares what it received
-      | <-- READY{digest,nr_hashed,fidelity,load_us…} |   or FAILED
+      | <------ READY{digest,nr_hashed,load_us,check_us} |   or FAILED
       | journal `committed`                            |
       | COMMIT{epoch} -------------------------------> |   journal `committed`, resume
-      | <------------------------- RUNNING{resume_us…} |   ----- the guest runs there
+      | <---------------- RUNNING{resume_us…,fidelity} |   ----- the guest runs there
       | DONE ----------------------------------------> |   journals go
 
 The receiver's table. A pair that is not in it is an :class:`UnexpectedFrame` that names both, and ends the migration::
@@ -74,7 +74,7 @@ from ..state.section import Fields, Value, pack, unpack
 FORMAT = 1
 FEATURES = frozenset({"zstd"})
 MAX_SECTIONS = 1024
-MAX_SECTIONS_BYTES = 64 << 20
+MAX_SECTIONS_BYTES = 16 << 20
 MAX_US = 1 << 40
 
 
@@ -128,13 +128,15 @@ class Hello:
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """A round is over; with ``sections`` > 0 the guest is paused, and so many SECTION frames come next."""
+    """A round is over. With ``sections`` > 0 the guest is paused, and so many SECTION frames come next, which take
+    ``sections_bytes`` with their headers: they can be read in one piece."""
 
     round: int
     pages_sent: int
     pages_zero: int
     bytes_sent: int
     sections: int = 0
+    sections_bytes: int = 0
 
     def to_payload(self) -> bytes:
         return pack(asdict(self))
@@ -143,7 +145,9 @@ class Round:
     def from_payload(cls, payload: bytes) -> Self:
         fields = _fields(payload, FrameKind.ROUND)
         number, sent, zero, nr_bytes = (fields.integer(k) for k in ("round", "pages_sent", "pages_zero", "bytes_sent"))
-        round_ = cls(number, sent, zero, nr_bytes, fields.integer("sections", 0, MAX_SECTIONS))
+        sections = fields.integer("sections", 0, MAX_SECTIONS)
+        sections_bytes = fields.integer("sections_bytes", sections * 32, sections and MAX_SECTIONS_BYTES)
+        round_ = cls(number, sent, zero, nr_bytes, sections, sections_bytes)
         fields.done()
         return round_
 
@@ -177,8 +181,6 @@ class Ready:
 
     digest: int
     nr_hashed: int
-    fidelity: Value
-    """As :meth:`Fidelity.to_value`: for showing only, so the source checks that it is a map and no more."""
     load_ms: float
     check_ms: float
     """From END received to READY sent."""
@@ -188,7 +190,6 @@ class Ready:
             {
                 "digest": self.digest,
                 "nr_hashed": self.nr_hashed,
-                "fidelity": self.fidelity,
                 "load_us": microseconds(self.load_ms),
                 "check_us": microseconds(self.check_ms),
             }
@@ -200,7 +201,6 @@ class Ready:
         ready = cls(
             fields.integer("digest"),
             fields.integer("nr_hashed"),
-            fields.mapping("fidelity"),
             duration_ms(fields, "load_us"),
             duration_ms(fields, "check_us"),
         )
@@ -216,14 +216,24 @@ class Running:
     resume_ms: float
     total_ms: float
     """From COMMIT received to RUNNING sent; the two above are parts of it."""
+    fidelity: Value
+    """As :meth:`Fidelity.to_value`: for showing only, so the source checks that it is a map and no more."""
 
     def to_payload(self) -> bytes:
-        return pack({key.replace("_ms", "_us"): microseconds(ms) for key, ms in asdict(self).items()})
+        return pack(
+            {
+                "journal_us": microseconds(self.journal_ms),
+                "resume_us": microseconds(self.resume_ms),
+                "total_us": microseconds(self.total_ms),
+                "fidelity": self.fidelity,
+            }
+        )
 
     @classmethod
     def from_payload(cls, payload: bytes) -> Self:
         fields = _fields(payload, FrameKind.RUNNING)
-        running = cls(*(duration_ms(fields, key) for key in ("journal_us", "resume_us", "total_us")))
+        journal_ms, resume_ms, total_ms = (duration_ms(fields, k) for k in ("journal_us", "resume_us", "total_us"))
+        running = cls(journal_ms, resume_ms, total_ms, fields.mapping("fidelity"))
         fields.done()
         return running
 
