@@ -124,11 +124,10 @@ int kmig_dirty_clear(struct kmig_memory *memory, uint32_t slot_index, uint64_t f
         .first_page = first,
         .dirty_bitmap = bitmap,
     };
-    if (KMIG_FAULT("off-by-64-clear")) {
-        if (nr_pages <= 64)
-            return 0;
-        clear.first_page += 64;
-        clear.num_pages -= 64;
+    if (KMIG_FAULT("off-by-64-clear") && first >= 64) {
+        uint64_t all = ~UINT64_C(0);
+        struct kvm_clear_dirty_log before = {clear.slot, 64, first - 64, {&all}};
+        kmig_ioctl(memory->vm_fd, KVM_CLEAR_DIRTY_LOG, &before);
     }
     int rc = kmig_ioctl(memory->vm_fd, KVM_CLEAR_DIRTY_LOG, &clear);
     return rc < 0 ? rc : 0;

@@ -111,6 +111,8 @@ static int clear_window(struct kmig_memory *memory, uint32_t slot_index, uint64_
     for (uint64_t word = first / 64; word < kmig_bits_words(end); word++)
         if (__atomic_load_n(&slot->host_dirty[word], __ATOMIC_RELAXED) & slot->pending[word])
             __atomic_fetch_and(&slot->host_dirty[word], ~slot->pending[word], __ATOMIC_SEQ_CST);
+    if (KMIG_FAULT("copy-before-clear"))
+        return 0;
     return kmig_dirty_clear(memory, slot_index, first, end - first, slot->pending + first / 64);
 }
 
@@ -136,13 +138,8 @@ static int reduce_to_resident(struct kmig_memory *memory, struct kmig_round *rou
 // reason: a page first touched before the clear is resident by then, one first touched after it is in the log.
 static int open_window(struct kmig_memory *memory, struct kmig_round *round, uint64_t first, uint64_t end)
 {
-    int rc;
+    int rc = clear_window(memory, round->slot, first, end);
 
-    if (KMIG_FAULT("copy-before-clear")) {
-        rc = 0;
-    } else {
-        rc = clear_window(memory, round->slot, first, end);
-    }
     if (rc == 0 && round->first)
         rc = reduce_to_resident(memory, round, first, end);
     return rc;

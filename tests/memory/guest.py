@@ -27,7 +27,8 @@ TEXT_VA, WINDOW_VA = 0x0, 1 << 30
 PRESENT_USER_WRITE_ACCESSED_DIRTY = 0x67
 
 # rdi: the window, rsi: the ledger, rbp: the number of the window's last page (a power of two less one), rbx: the last
-# sequence number, r8: the state of a xorshift generator. Each turn writes the next number to the ledger and to a page.
+# sequence number, r8: the state of a xorshift generator, rdx: how long to idle after each write. Each turn writes the
+# next number to the ledger and to a page.
 SCRIBBLE = """
     mov %r8, %rax
     shl $13, %rax
@@ -45,7 +46,12 @@ SCRIBBLE = """
     shl $12, %rax
     mov %rbx, (%rdi,%rax)
 """
-RANDOM_WRITER = f"1: {SCRIBBLE} jmp 1b\n"
+IDLE = """
+    mov %rdx, %rcx
+2:  sub $1, %rcx
+    jns 2b
+"""
+RANDOM_WRITER = f"1: {SCRIBBLE} {IDLE} jmp 1b\n"
 # Once through all pages of the window, then out.
 SWEEP = """
     xor %rax, %rax
@@ -89,7 +95,7 @@ def segment(selector: int, code: bool) -> dict[str, int]:
 class Guest:
     """A VM over ``memory`` with one vCPU that runs ``code`` over the pages of ``window``, in a thread of its own."""
 
-    def __init__(self, memory: GuestMemory, code: bytes, window: Sequence[int]) -> None:
+    def __init__(self, memory: GuestMemory, code: bytes, window: Sequence[int], *, idle_turns: int = 0) -> None:
         assert len(window) & (len(window) - 1) == 0, "the random writer needs a power of two"
         self.memory = memory
         self.window = window
@@ -102,19 +108,19 @@ class Guest:
         memory.write(CODE, code)
         self.vcpu = self.vm.create_vcpu(0)
         self.vcpu.set_cpuid2(cpuid)
-        self._enter_long_mode()
+        self._enter_long_mode(idle_turns)
         self.out = threading.Event()
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run)
 
-    def _enter_long_mode(self) -> None:
+    def _enter_long_mode(self, idle_turns: int) -> None:
         sregs = self.vcpu.get_sregs()
         sregs |= {"cr0": 0x80000031, "cr3": PAGE_TABLES, "cr4": 0x20, "efer": 0x500, "cs": segment(0x33, True)}
         sregs |= {name: segment(0x2B, False) for name in ("ds", "es", "ss")}
         self.vcpu.set_sregs(sregs)
         regs = dict.fromkeys(self.vcpu.get_regs(), 0)
         regs |= {"rip": CODE, "rflags": 0x3002, "rdi": WINDOW_VA, "rsi": LEDGER, "rbp": len(self.window) - 1}
-        self.vcpu.set_regs(regs | {"rbx": 1, "r8": 88172645463325252})
+        self.vcpu.set_regs(regs | {"rbx": 1, "r8": 88172645463325252, "rdx": idle_turns})
 
     def _run(self) -> None:
         try:
