@@ -70,7 +70,8 @@ class Vcpu:
     """One vCPU. ``run_area`` is its struct kvm_run; getters and setters speak dicts under the kernel's field names.
 
     Every getter and setter is one ioctl and raises :class:`HostError` when the kernel refuses, a setter
-    :class:`BadField` when the value does not fit the struct. They are for a vCPU that is parked or has never run.
+    :class:`BadField` when the value does not fit the struct. They are for a vCPU that is parked or has never run: the
+    kernel holds a lock while KVM_RUN is in progress, so that on a halted guest any other call would wait for ever.
     """
 
     def __init__(self, group: VcpuGroup, fd: int, vcpu_id: int, kick: int, xsave_bytes: int, host: Host) -> None:
@@ -315,7 +316,8 @@ class Vcpu:
 
         A breakpoint is (linear address, kind, length in bytes): kind ``x`` stops before the instruction there
         (length 1), ``w`` after a write, ``rw`` after a read or write; length 1, 2, 4 or 8, and the address a multiple
-        of it. Without arguments debugging ends. Raises :class:`ConfigError`."""
+        of it. Without arguments debugging ends. Raises :class:`ConfigError`. The backend kvm_pvm does this only for
+        code that it interprets: what runs natively there (64-bit ring 3) gets the debug exceptions itself, or none."""
         debug = ffi.new("struct kvm_guest_debug *")
         if single_step:
             debug.control |= lib.KVM_GUESTDBG_ENABLE | lib.KVM_GUESTDBG_SINGLESTEP

@@ -108,15 +108,22 @@ class TinyVm:
 
     def long_mode_ring3(self, code: str) -> None:
         """The same in 64-bit ring 3 with IOPL 3: the only mode that runs natively on every backend."""
+        self._long_mode(code, ring=3)
+
+    def long_mode_ring0(self, code: str) -> None:
+        """The same in 64-bit ring 0."""
+        self._long_mode(code, ring=0)
+
+    def _long_mode(self, code: str, ring: int) -> None:
         self.memory.write(CODE, bytes.fromhex(code))
         user = 7
         for table, entry in ((0, TABLES + 0x1000 | user), (1, TABLES + 0x2000 | user), (2, 0x80 | user)):
             self.memory.write(TABLES + 0x1000 * table, entry.to_bytes(8, "little"))
         sregs = self.cpu.get_sregs()
-        flat = {"base": 0, "limit": 0xFFFFFFFF, "present": 1, "dpl": 3, "s": 1, "g": 1, "unusable": 0}
-        sregs["cs"] |= flat | {"selector": 0x33, "type": 11, "l": 1, "db": 0}
+        flat = {"base": 0, "limit": 0xFFFFFFFF, "present": 1, "dpl": ring, "s": 1, "g": 1, "unusable": 0}
+        sregs["cs"] |= flat | {"selector": 0x30 | ring, "type": 11, "l": 1, "db": 0}
         for name in ("ds", "es", "fs", "gs", "ss"):
-            sregs[name] |= flat | {"selector": 0x2B, "type": 3, "l": 0, "db": 1}
+            sregs[name] |= flat | {"selector": 0x28 | ring, "type": 3, "l": 0, "db": 1}
         sregs["tr"] |= {"base": TSS, "limit": 0x67, "selector": 0x40, "type": 11, "present": 1, "s": 0, "unusable": 0}
         sregs["gdt"] = {"base": GDT, "limit": 0x7F}
         sregs |= {"cr0": 0x80000033, "cr3": TABLES, "cr4": 0x620, "efer": 0x501}
