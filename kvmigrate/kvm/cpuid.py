@@ -106,7 +106,7 @@ def _topology(apic_id: int, nr_cpus: int) -> list[CpuidEntry]:
 def parse_cpuid(value: Value, held: list[CpuidEntry], where: str) -> tuple[list[CpuidEntry], list[bytes]]:
     """Check saved CPUID entries, which are hostile: as dicts, and as structs to set, none when ``held`` is the same
     already. Raises :class:`BadField`."""
-    if value == held:
+    if held and value == held:
         return held, []
     if type(value) is not list or not 1 <= len(value) <= MAX_CPUID_ENTRIES:
         raise BadField(f"{where}: expected a list of 1 to {MAX_CPUID_ENTRIES} entries")
