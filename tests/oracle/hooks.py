@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from kvmigrate.machine.platform import Platform
 from kvmigrate.memory.dirty import LogMode
 from kvmigrate.state.section import Section
 
+HOST_GPA, HOST_PAGES, HOST_WRITE_S = 0x50000, 64, 0.001
 LEAVING = (RunState.FINISH_MIGRATE, RunState.SAVE_VM)
 
 
@@ -44,6 +46,32 @@ def _write(directory: Path, direction: str, machine: Machine) -> None:
     beside = path.with_suffix(f".{os.getpid()}")
     beside.write_text(json.dumps(machine.digest()))
     beside.rename(path)
+
+
+def write_from_host() -> None:
+    """While a guest runs, write to its memory from the VMM, as a device would: to pages that no guest here uses."""
+    start, pause = Machine.start, Machine.pause
+    lock = threading.Lock()
+
+    def write_on(machine: Machine) -> None:
+        number = 0
+        while machine.end is None:
+            with lock:
+                if machine.runstate is RunState.RUNNING:
+                    machine.memory.write(HOST_GPA + number % HOST_PAGES * 4096, number.to_bytes(8, "little"))
+                    number += 1
+            time.sleep(HOST_WRITE_S)
+
+    def started(self: Machine) -> None:
+        start(self)
+        threading.Thread(target=write_on, args=(self,), daemon=True).start()
+
+    def paused(self: Machine, reason: RunState = RunState.PAUSED) -> None:
+        with lock:
+            pause(self, reason)
+
+    Machine.start = started  # type: ignore[method-assign]
+    Machine.pause = paused  # type: ignore[method-assign]
 
 
 def use_log_mode(name: str) -> None:

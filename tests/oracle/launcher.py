@@ -2,6 +2,7 @@
 
 KVMIGRATE_TEST_WITNESS=DIR    write a digest of the guest to DIR when it has stopped for good, and before it first runs
 KVMIGRATE_TEST_LOG_MODE=get   read the dirty log without manual protection
+KVMIGRATE_TEST_HOST_WRITES=1  write to a running guest's memory from the VMM
 KVMIGRATE_TEST_FAULT=NAME     plant the fault NAME of tests/planted/faults.py
 """
 
@@ -23,6 +24,8 @@ def prepare() -> None:
         hooks.witness(Path(directory))
     if os.environ.get("KVMIGRATE_TEST_LOG_MODE") == "get":
         hooks.use_log_mode("GET")
+    if os.environ.get("KVMIGRATE_TEST_HOST_WRITES"):
+        hooks.write_from_host()
     if fault := os.environ.get("KVMIGRATE_TEST_FAULT"):
         from tests.planted import faults
 

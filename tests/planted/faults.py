@@ -1,0 +1,141 @@
+"""Faults in kvmigrate's Python, planted by the launcher before the command line runs; those in C are in csrc."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from kvmigrate.devices.serial import Serial
+from kvmigrate.kvm import vcpu_state, vm_state
+from kvmigrate.kvm.msrs import save_msrs
+from kvmigrate.kvm.structs import layout
+from kvmigrate.migration import incoming
+from kvmigrate.migration.incoming import Incoming, State
+from kvmigrate.migration.source import Source
+from kvmigrate.precopy.ledger import RoundRecord
+from kvmigrate.precopy.rounds import PreCopy
+from kvmigrate.state.frame import FrameKind
+from kvmigrate.state.section import Section
+
+
+def plant(name: str) -> None:
+    """Break kvmigrate in the way called ``name``."""
+    FAULTS[name]()
+
+
+def _replace(owner: Any, name: str, value: object) -> None:
+    assert hasattr(owner, name), f"{owner} has no {name} any more: plant the fault elsewhere"
+    setattr(owner, name, value)
+
+
+def _skip(item: str) -> Callable[[], None]:
+    """Leave one item of a vCPU's state out of the load."""
+
+    def break_it() -> None:
+        assert item in vcpu_state.ORDER, f"{item} is no step of the load any more"
+        _replace(vcpu_state, "ORDER", tuple(step for step in vcpu_state.ORDER if step != item))
+
+    return break_it
+
+
+def _forget_msr() -> None:
+    """Leave one MSR out of the save."""
+    def forgetful(vcpu: Any) -> dict[str, Any]:
+        found = dict(save_msrs(vcpu))
+        del found["MSR_LSTAR"]
+        return found
+
+    _replace(vcpu_state, "save_msrs", forgetful)
+
+
+def _stale_registers() -> None:
+    """Load general registers that are one update behind."""
+    load = vcpu_state._Loader._struct
+
+    def stale(self: Any, name: str, where: str) -> None:
+        if name == "regs":
+            regs = layout("regs").unpack(self.parsed.packed["regs"])
+            self.parsed.packed["regs"] = layout("regs").pack(regs | {"r15": max(regs["r15"] - 1, 0)}, "regs")
+        load(self, name, where)
+
+    _replace(vcpu_state._Loader, "_struct", stale)
+
+
+def _skip_chip(chip: str) -> Callable[[], None]:
+    """Leave one of the VM's chips out of the load."""
+
+    def break_it() -> None:
+        set_item = vm_state._set
+
+        def skipping(name: str, action: Callable[[], None], fidelity: Any) -> bool:
+            return False if name == chip else set_item(name, action, fidelity)
+
+        _replace(vm_state, "_set", skipping)
+
+    return break_it
+
+
+def _skip_serial() -> None:
+    """Leave the UART as it is after reset."""
+
+    def nothing(self: Serial, section: Section) -> None:
+        _replace(self, "save", lambda: dict(section.body))
+
+    _replace(Serial, "load_section", nothing)
+
+
+def _skip_last_round() -> None:
+    """Send nothing of what was written since the last round of the running guest."""
+
+    def empty(self: PreCopy) -> RoundRecord:
+        return self._write(len(self.records), 0, last=True)
+
+    _replace(PreCopy, "last_round", empty)
+
+
+def _resume_after_lost_answer() -> None:
+    """Resume the guest at the source when COMMIT was sent and its answer lost."""
+    commit = Source._commit
+
+    def hasty(self: Any, channel: Any, switched: Any) -> Any:
+        answer = commit(self, channel, switched)
+        if answer is None:
+            self._committed = False
+            raise ConnectionError("the answer was lost")
+        return answer
+
+    _replace(Source, "_commit", hasty)
+
+
+def _run_before_commit() -> None:
+    """Run the guest at the destination once everything has arrived, without waiting for COMMIT."""
+    end = Incoming._end
+
+    def hasty(self: Incoming, frame: Any) -> State:
+        state = end(self, frame)
+        self.run_guest()
+        return state
+
+    steps: dict[Any, Any] = dict(incoming.STEPS)
+    steps[State.LOADED, FrameKind.END] = hasty
+    _replace(incoming, "STEPS", steps)
+
+
+FAULTS: Mapping[str, Callable[[], None]] = {
+    "skip-registers": _skip("regs"),
+    "stale-registers": _stale_registers,
+    "stale-xmm": _skip("xsave"),
+    "skip-xcr0": _skip("xcrs"),
+    "skip-lapic": _skip("lapic"),
+    "skip-debug-registers": _skip("debugregs"),
+    "skip-mp-state": _skip("mp_state"),
+    "forget-msr": _forget_msr,
+    "skip-msrs": _skip("msrs"),
+    "skip-pit": _skip_chip("pit2"),
+    "skip-pic": _skip_chip("pic_master"),
+    "skip-ioapic": _skip_chip("ioapic"),
+    "skip-uart": _skip_serial,
+    "skip-last-round": _skip_last_round,
+    "resume-after-lost-answer": _resume_after_lost_answer,
+    "run-before-commit": _run_before_commit,
+}
