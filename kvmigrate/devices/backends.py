@@ -201,14 +201,18 @@ class PtyBackend(PollBackend):
         master, slave = os.openpty()
         self.path = os.ttyname(slave)
         tty.setraw(slave)
-        # Without the slave open here, the kernel tells by EIO and POLLHUP whether anybody has it open.
+        # Without the slave open here, the kernel tells by POLLHUP, and by EIO on a read, that nobody has it open.
         os.close(slave)
         os.set_blocking(master, False)
         super().__init__("pty", master, master)
         print(f"kvmigrate: the serial port is {self.path}", file=sys.stderr, flush=True)
 
-    def _output_failed(self, error: OSError, size: int) -> int:
-        return size if error.errno == errno.EIO else super()._output_failed(error, size)
+    def _send(self, fd: int, data: bytes) -> int:
+        # The kernel would keep some 20 KiB for a reader that may never come, and then take no more.
+        poll = select.poll()
+        poll.register(fd, select.POLLOUT)
+        absent = any(events & select.POLLHUP for _, events in poll.poll(0))
+        return len(data) if absent else super()._send(fd, data)
 
     def _receive(self, most: int) -> bytes:
         assert self._input_fd is not None

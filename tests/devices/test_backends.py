@@ -151,6 +151,16 @@ def test_an_idle_backend_uses_no_time(line: Line) -> None:
     assert time.process_time() - before < 0.05
 
 
+def test_the_end_of_input_costs_no_time_and_leaves_the_output(line: Line) -> None:
+    line.peer.shutdown(socket.SHUT_WR)
+    time.sleep(0.05)
+    before = time.process_time()
+    time.sleep(0.3)
+    assert time.process_time() - before < 0.05
+    say(line.uart, b"still here")
+    assert line.received(10) == b"still here"
+
+
 def test_close_leaves_no_thread_and_no_descriptor(tmp_path: Path) -> None:
     def descriptors() -> int:
         return len(list(Path("/proc/self/fd").iterdir()))
@@ -168,10 +178,9 @@ def test_pty_tells_its_path_once_and_carries_both_ways(capsys: pytest.CaptureFix
     backend = PtyBackend()
     uart = running(backend)
     assert capsys.readouterr().err == f"kvmigrate: the serial port is {backend.path}\n"
-    say(uart, b"nobody hears this")
     terminal = os.open(backend.path, os.O_RDWR | os.O_NOCTTY)
     say(uart, b"hello\n")
-    assert read_until(terminal, b"\n").endswith(b"hello\n")
+    assert read_until(terminal, b"\n") == b"hello\n"
     os.write(terminal, b"k\r\x03")
     got = bytearray()
     while len(got) < 3:
@@ -180,6 +189,30 @@ def test_pty_tells_its_path_once_and_carries_both_ways(capsys: pytest.CaptureFix
     assert got == b"k\r\x03", "nothing is translated on the way"
     os.close(terminal)
     wait_until(lambda: not uart.tx_waiting(), "the line is free")
+    backend.close()
+
+
+def test_pty_without_a_reader_drops_output_and_the_guest_runs_on() -> None:
+    backend = PtyBackend()
+    uart = running(backend)
+    for _ in range(30_000):
+        uart.write(0, 1, 0x78)
+    assert uart.read(5, 1) == 0x60
+    terminal = os.open(backend.path, os.O_RDWR | os.O_NOCTTY)
+    say(uart, b"new\n")
+    assert read_until(terminal, b"\n") == b"new\n"
+    os.close(terminal)
+    backend.close()
+
+
+def test_pty_whose_reader_stalls_makes_the_guest_wait_until_it_leaves() -> None:
+    backend = PtyBackend()
+    uart = running(backend)
+    terminal = os.open(backend.path, os.O_RDWR | os.O_NOCTTY)
+    while uart.read(5, 1) & 0x20:
+        uart.write(0, 1, 0x78)
+    os.close(terminal)
+    wait_until(lambda: uart.read(5, 1) == 0x60, "the guest goes on")
     backend.close()
 
 
@@ -272,9 +305,9 @@ def test_ctrl_c_ends_the_process_and_sets_the_terminal_back() -> None:
 
 
 BACKGROUND = """
-import os, signal, subprocess, sys, time
+import os, select, subprocess, sys, time
 guest = subprocess.Popen([sys.executable, "-c", sys.argv[1], "stdio"], process_group=0)
-sys.stdin.readline()
+select.select([0], [], [])
 time.sleep(0.5)
 pid, _ = os.waitpid(guest.pid, os.WNOHANG | os.WUNTRACED)
 guest.kill()
