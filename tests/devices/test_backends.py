@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import pty
 import select
@@ -263,11 +264,15 @@ print(written, file=sys.stderr)
 sys.stderr.flush()
 time.sleep(20)
 """
+    reader, writer = os.pipe()
+    fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)
     command = [sys.executable, "-c", program]
-    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as guest:
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=writer, stderr=subprocess.PIPE) as guest:
         assert guest.stderr is not None
         assert int(read_until(guest.stderr.fileno(), b"\n")) > 0, "the guest saw a full line instead of waiting"
         guest.terminate()
+    os.close(reader)
+    os.close(writer)
 
 
 def spawn_on_terminal() -> tuple[int, int]:
