@@ -12,13 +12,16 @@ from pathlib import Path
 
 import pytest
 
-from kvmigrate.config import SnapshotParameters
+from kvmigrate.config import Compression, SnapshotParameters
 from kvmigrate.contract import RunState
 from kvmigrate.errors import Cancelled, HostError, NotConverged, SnapshotError, StateError
 from kvmigrate.memory.dirty import DirtyLog, LogMode
-from kvmigrate.precopy.converge import Decision
+from kvmigrate.precopy.converge import Decision, Limits
 from kvmigrate.precopy.ledger import RoundRecord
+from kvmigrate.precopy.rounds import PreCopy
 from kvmigrate.snapshot.save import take
+from kvmigrate.snapshot.sink import open_sink
+from kvmigrate.snapshot.staging import Staging
 from kvmigrate.snapshot.verify import verify
 from tests.snapshot.tools import PAUSED, RAW, ZSTD, Guest, Watcher, assert_unharmed, guest, page, restored
 
@@ -71,6 +74,21 @@ def test_full_disk_leaves_nothing_and_the_next_snapshot_is_whole(
     assert str(small_disk / "s") in text and "No space left on device" in text and "free some space" in text
     assert_unharmed(machine, small_disk)
     assert_next_one_is_whole(machine, tmp_path / "next", parameters)
+
+
+@pytest.mark.parametrize("compression", [RAW.compression, ZSTD.compression], ids=["raw", "zstd"])
+def test_pages_that_were_not_written_stay_pending(
+    machine: Guest, small_disk: Path, compression: Compression
+) -> None:
+    (small_disk / "filler").write_bytes(bytes(512 << 10))
+    with Staging(small_disk / "s") as staging:
+        sink = open_sink(staging, machine.memory, compression)
+        precopy = PreCopy(machine.memory, machine.dirty_log, sink, Limits(300, 30))
+        with pytest.raises((OSError, HostError)):
+            precopy.run()
+        # A chunk is up to 256 pages, and the disk has no room for the first: all of them are still to do.
+        assert machine.dirty_log.sync() == machine.memory.resident_pages()
+        precopy.stop()
 
 
 @BOTH
