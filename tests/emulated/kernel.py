@@ -1,0 +1,87 @@
+"""The emulated host's kernel: the distribution's package, unpacked, never installed."""
+
+from __future__ import annotations
+
+import lzma
+import re
+import subprocess
+from pathlib import Path
+
+import zstandard
+
+# Meta packages in order of preference: Debian's, Ubuntu's. Each depends on the image of one version.
+META_PACKAGES = ("linux-image-cloud-amd64", "linux-image-virtual", "linux-image-generic")
+MODULES = ("kvm-amd",)
+
+
+class Kernel:
+    """An unpacked kernel package: ``image`` and the modules that the host loads."""
+
+    def __init__(self, directory: Path) -> None:
+        self.image = next(iter(sorted((directory / "boot").glob("vmlinuz-*"))))
+        self._modules = {
+            path.name.split(".")[0].replace("_", "-"): path
+            for pattern in ("*.ko", "*.ko.xz", "*.ko.zst")
+            for path in (directory / "lib/modules").rglob(pattern)
+        }
+
+    def modules(self) -> list[tuple[str, bytes]]:
+        """What to insert for kvm_amd: each name with its content, after what it depends on."""
+        found: dict[str, bytes] = {}
+        for name in MODULES:
+            self._add(name, found)
+        return list(found.items())
+
+    def _add(self, name: str, found: dict[str, bytes]) -> None:
+        """Add ``name`` after its dependencies; one that is no file is built into the kernel."""
+        path = self._modules.get(name)
+        if path is None or name in found:
+            return
+        content = _unpacked(path)
+        depends = re.search(rb"\0depends=([^\0]*)", content)
+        for other in (depends[1].decode() if depends else "").split(","):
+            self._add(other.replace("_", "-"), found)
+        found[name] = content
+
+
+def _unpacked(path: Path) -> bytes:
+    data = path.read_bytes()
+    if path.suffix == ".xz":
+        return lzma.decompress(data)
+    if path.suffix == ".zst":
+        return zstandard.ZstdDecompressor().decompressobj().decompress(data)
+    return data
+
+
+def fetch(cache: Path) -> Kernel:
+    """The newest kernel that apt offers, from ``cache`` when it is there. Raises RuntimeError."""
+    directory = cache / "kernel"
+    if not (directory / "complete").exists():
+        packages = _packages()
+        directory.mkdir(parents=True, exist_ok=True)
+        _run(["apt-get", "-o", "APT::Sandbox::User=root", "download", "-qq", *packages], directory)
+        for package in sorted(directory.glob("*.deb")):
+            _run(["dpkg", "-x", package.name, "."], directory)
+            package.unlink()
+        (directory / "complete").touch()
+    return Kernel(directory)
+
+
+def _packages() -> list[str]:
+    """The package with the image, and the one with its modules where the distribution keeps them apart."""
+    for meta in META_PACKAGES:
+        for package in _depends(meta):
+            if package.startswith("linux-image-"):
+                return [package, *(name for name in _depends(package) if name.startswith("linux-modules-"))]
+    raise RuntimeError(f"apt knows none of {', '.join(META_PACKAGES)}: run apt-get update")
+
+
+def _depends(package: str) -> list[str]:
+    shown = subprocess.run(["apt-cache", "depends", package], check=False, capture_output=True, text=True)
+    return re.findall(r"^ *\|?Depends: (\S+)$", shown.stdout, re.MULTILINE)
+
+
+def _run(command: list[str], directory: Path) -> None:
+    done = subprocess.run(command, cwd=directory, check=False, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip() or done.stdout.strip()}")
