@@ -23,6 +23,11 @@ _LAST = (msr.CORE_PERF_FIXED_CTR_CTRL, msr.CORE_PERF_GLOBAL_CTRL)
 # whose mode decides whether the write counts (Firecracker #4666). MCG_CAP is set by an ioctl of its own.
 DEFERRED = (msr.IA32_TSC, msr.IA32_TSC_DEADLINE, msr.IA32_MCG_CAP)
 
+# Hyper-V's synthetic MSRs (TLFS, appendix F). kvm_amd and kvm_intel list them, but a guest without Hyper-V's CPUID
+# leaves, which kvmigrate offers to none, takes #GP from each (Linux, kvm_hv_set_msr_common). Two of them are clocks
+# that no write sets, so that comparing them would refuse every guest.
+_HYPER_V = range(0x40000000, 0x40000200)
+
 _RESET_VALUES = {
     msr.IA32_MISC_ENABLE: 1,
     0x9E: 0x30000,
@@ -48,7 +53,8 @@ def indices_to_save(vcpu: Vcpu) -> list[int]:
         msr.IA32_TSC,
         msr.IA32_TSC_DEADLINE,
     ]
-    readable = vcpu.get_msrs(dict.fromkeys([*vcpu.host.msr_indices, *extra]))
+    listed = (index for index in vcpu.host.msr_indices if index not in _HYPER_V)
+    readable = vcpu.get_msrs(dict.fromkeys([*listed, *extra]))
     return list(readable)
 
 

@@ -83,7 +83,7 @@ def write_job(path: Path, kernel: Kernel, wheel: Path, command: str) -> None:
             for name in contents.namelist():
                 archive.add_bytes(f"{SITE}/{name}", contents.read(name))
         archive.add(ROOT / "pyproject.toml", f"{TESTS}/pyproject.toml")
-        for file in _tree(ROOT / "tests", {"emulated", "bench", "structure"}):
+        for file in _tree(ROOT / "tests", {"bench", "structure"}):
             archive.add(file, f"{TESTS}/{file.relative_to(ROOT)}")
         modules = " ".join(name for name, _ in kernel.modules())
         init = INIT.format(modules=modules, command=command, tests=TESTS, site=SITE, result=RESULT)

@@ -1,0 +1,54 @@
+"""The same tests on another KVM: Linux's kvm_amd, in a host that QEMU emulates. See the package's docstring."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from .bed import run
+from .host import Outcome
+
+TIMEOUT_S = 900
+# The kvm layer's state, real mode, a live migration and a snapshot: what differs from one back-end to another.
+SELECTED = (
+    "tests/kvm/test_state.py::test_save_load_save_is_equal_but_for_the_clocks",
+    "tests/kvm/test_state.py::test_every_register_arrives_under_its_name",
+    "tests/kvm/test_state.py::test_a_loaded_guest_goes_on_where_it_stopped",
+    "tests/kvm/test_state.py::test_a_stale_xmm_register_is_noticed",
+    "tests/kvm/test_run.py::test_string_io_comes_with_its_count",
+    "tests/machine/test_machine.py::test_power_off_ends_with_status_0_after_the_serial_output",
+    "tests/machine/test_machine.py::test_a_triple_fault_is_a_crash_that_is_named",
+    "tests/emulated/inside/moving.py",
+)
+LEAST_TESTS = 10
+
+pytestmark = pytest.mark.timeout(TIMEOUT_S + 120)
+
+
+@pytest.fixture(scope="module")
+def outcome(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    pytest_options = f"-p no:cacheprovider --color=no --timeout={TIMEOUT_S} --junitxml=/tmp/result.xml -rA"
+    command = f"python3 -m pytest {pytest_options} {' '.join(SELECTED)}"
+    return run(command, tmp_path_factory.mktemp("host"), TIMEOUT_S)
+
+
+def test_the_host_ran_kvm_amd_to_the_end(outcome: Outcome) -> None:
+    assert re.search(r"SVM: kvm: Nested Paging enabled", outcome.console), outcome.console[-4000:]
+    assert outcome.status is not None, outcome.console[-4000:]
+
+
+def test_every_selected_test_passes_on_kvm_amd(outcome: Outcome) -> None:
+    assert outcome.status == 0, outcome.console[-12000:]
+    suite = ElementTree.fromstring(outcome.sent).find("testsuite")
+    assert suite is not None
+    cases = [f"{case.get('classname')}::{case.get('name')}" for case in suite.iter("testcase")]
+    assert len(cases) >= LEAST_TESTS, cases
+    assert [suite.get(kind) for kind in ("errors", "failures", "skipped")] == ["0", "0", "0"]
+
+
+def test_a_failure_inside_is_a_failure_outside(tmp_path: Path) -> None:
+    failed = run("sh -c 'exit 3'", tmp_path, 300)
+    assert failed.status == 3, failed.console[-2000:]
