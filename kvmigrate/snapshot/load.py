@@ -118,6 +118,8 @@ def _bring_memory(memory: GuestMemory, fd: int, directory: Path, saved: SavedSta
     try:
         read_frames(memory, fd, saved.index)
         _compare_hashes(memory, saved)
+    except OSError as error:
+        raise SnapshotError(f"cannot read {path}: {error.strerror}: use another copy of the snapshot") from error
     except StreamError as error:
         raise SnapshotError(f"{path}: {error}: use another copy of the snapshot") from error
 

@@ -120,6 +120,9 @@ class _Reader:
         """The whole file; every error is told with the path and the offset of the frame that it is in."""
         try:
             return self._read()
+        except OSError as error:
+            place = f"{self._path} at byte {self.offset}"
+            raise SnapshotError(f"cannot read {place}: {error.strerror}: use another copy of the snapshot") from error
         except StreamError as error:
             # The frames' own advice is for a stream ("send again"): here it is another copy that helps.
             text = str(error).removesuffix("; send again")

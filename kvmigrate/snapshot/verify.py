@@ -6,16 +6,14 @@ of PyPI, not of the C core. One damaged place does not end the check: whatever c
 
 from __future__ import annotations
 
-import mmap
 import os
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .verify_frames import CONFIG, END, HELLO, MANDATORY, MEMORY_INDEX, NAMES, SECTION, Frame, payload, walk
+from .verify_frames import CONFIG, END, HELLO, MANDATORY, MEMORY_INDEX, NAMES, SECTION, Bytes, Frame, payload, walk
 from .verify_memory import Index, Slot, check_frames, check_raw
 
 FORMAT = 1
@@ -95,18 +93,16 @@ class _Check:
         self._seen = _Seen()
 
     def run(self) -> Report:
-        if not self._directory.is_dir():
-            self._tell("", 0, "is not a directory, or cannot be read")
+        try:
+            names = {path.name for path in self._directory.iterdir()}
+        except OSError as error:
+            self._tell("", 0, f"is no directory that can be read: {error.strerror}")
         else:
-            with self._opened("state") as data:
-                if data is not None:
-                    self._check_state(data)
+            self._check_file("state", self._check_state)
             index = self._seen.index
             if index is not None:
-                with self._opened(index.file) as data:
-                    if data is not None:
-                        self._check_memory(index, data)
-            self._check_names(index)
+                self._check_file(index.file, lambda data: self._check_memory(index, data))
+            self._check_names(names, index)
         return Report(
             str(self._directory), tuple(self._findings), self._nr_frames, len(self._seen.sections), self._nr_pages,
             self._nr_bytes,
@@ -116,36 +112,32 @@ class _Check:
         if len(self._findings) < MAX_FINDINGS:
             self._findings.append(Finding(file or str(self._directory), offset, what))
 
-    @contextmanager
-    def _opened(self, name: str) -> Iterator[memoryview | None]:
-        """The bytes of the regular file ``name``, mapped; None when there is none, which is told."""
+    def _check_file(self, name: str, check: Callable[[Bytes], None]) -> None:
+        """Let ``check`` look at the regular file ``name``; when it cannot be read, that is told."""
         try:
             fd = os.open(self._directory / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError as error:
             self._tell(name, 0, f"cannot be opened: {error.strerror}")
-            yield None
             return
         try:
             status = os.fstat(fd)
             if not stat.S_ISREG(status.st_mode) or status.st_size == 0:
                 self._tell(name, 0, "is empty, or no regular file")
-                yield None
                 return
             self._nr_bytes += status.st_blocks * 512
-            with mmap.mmap(fd, 0, prot=mmap.PROT_READ) as mapped, memoryview(mapped) as data:
-                self._fd = fd
-                yield data
+            check(Bytes(fd))
+        except OSError as error:
+            self._tell(name, 0, f"cannot be read to its end: {error.strerror or error}")
         finally:
             os.close(fd)
 
-    def _check_names(self, index: Index | None) -> None:
+    def _check_names(self, names: set[str], index: Index | None) -> None:
         """A file that the snapshot does not have is a sign that two were mixed."""
         known = {"state", *([index.file] if index else ("memory.raw", "memory.frames"))}
-        for name in sorted(path.name for path in self._directory.iterdir()):
-            if name not in known:
-                self._tell(name, 0, "does not belong to the snapshot")
+        for name in sorted(names - known):
+            self._tell(name, 0, "does not belong to the snapshot")
 
-    def _check_state(self, data: memoryview) -> None:
+    def _check_state(self, data: Bytes) -> None:
         for frame in walk(data, lambda at, what: self._tell("state", at, what)):
             self._nr_frames += 1
             if frame.kind not in _STATE_KINDS:
@@ -158,7 +150,7 @@ class _Check:
                 self._take(frame, value)
         self._check_whole(len(data))
 
-    def _check_foreign(self, data: memoryview, frame: Frame) -> None:
+    def _check_foreign(self, data: Bytes, frame: Frame) -> None:
         if frame.kind in NAMES or frame.flags & MANDATORY:
             self._tell("state", frame.offset, f"{frame.name} does not belong here")
             return
@@ -234,11 +226,11 @@ class _Check:
         if index is not None and slots is not None and slots != [slot.row for slot in index.slots]:
             self._tell("state", size, "the slots of MEMORY_INDEX are not those of CONFIG")
 
-    def _check_memory(self, index: Index, data: memoryview) -> None:
+    def _check_memory(self, index: Index, data: Bytes) -> None:
         if len(data) != index.size_bytes:
             self._tell(index.file, len(data), f"has {len(data)} bytes, the index says {index.size_bytes}")
         check = check_raw if index.file == "memory.raw" else check_frames
-        self._nr_pages = check(self._fd, data, index, lambda at, what: self._tell(index.file, at, what))
+        self._nr_pages = check(data, index, lambda at, what: self._tell(index.file, at, what))
 
 
 def need(value: Any, fields: dict[str, type]) -> None:

@@ -5,6 +5,7 @@ Both follow the formats alone: docs/snapshot-format.md, and https://github.com/m
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,6 +22,27 @@ MANDATORY = 1
 
 Tell = Callable[[int, str], None]
 """Called with the offset in the file and what is wrong there."""
+
+
+class Bytes:
+    """The bytes of an open file by range, ``data[begin:end]``. Raises :class:`OSError` where the disk cannot read them.
+
+    Not a mapping: a bad sector or a file that shrinks would end the whole process there, and say nothing.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self._size = os.fstat(fd).st_size
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, where: slice) -> bytes:
+        begin, end, _ = where.indices(self._size)
+        found = os.pread(self.fd, end - begin, begin)
+        if len(found) != end - begin:
+            raise OSError("the file became shorter while it was read")
+        return found
 
 
 @dataclass(frozen=True)
@@ -40,14 +62,14 @@ class Frame:
         return f"frame {self.sequence} ({NAMES.get(self.kind, f'kind {self.kind}')})"
 
 
-def walk(data: memoryview, tell: Tell) -> Iterator[Frame]:
+def walk(data: Bytes, tell: Tell) -> Iterator[Frame]:
     """The frames of a file, as far as their headers lead on; what is wrong with a header or its place is told."""
     at = sequence = 0
     while at < len(data):
         if len(data) - at < HEADER_BYTES:
             tell(at, f"the file ends within a frame's header, after {len(data) - at} of {HEADER_BYTES} bytes")
             return
-        head = bytes(data[at : at + HEADER_BYTES])
+        head = data[at : at + HEADER_BYTES]
         if head[:4] != b"KVMG":
             tell(at, f"no frame starts here: {head[:4]!r} instead of b'KVMG'")
             return
@@ -66,12 +88,12 @@ def walk(data: memoryview, tell: Tell) -> Iterator[Frame]:
         sequence += 1
 
 
-def payload(data: memoryview, frame: Frame, tell: Tell) -> Any:
+def payload(data: Bytes, frame: Frame, tell: Tell) -> Any:
     """The frame's msgpack value, or None when it is damaged, which is told."""
     if frame.payload_bytes > MAX_PAYLOAD_BYTES:
         tell(frame.offset, f"{frame.name} has {frame.payload_bytes} bytes, over the limit of {MAX_PAYLOAD_BYTES}")
         return None
-    body = bytes(data[frame.payload_at : frame.payload_at + frame.payload_bytes])
+    body = data[frame.payload_at : frame.payload_at + frame.payload_bytes]
     if xxhash.xxh3_64_intdigest(body) != frame.checksum:
         tell(frame.payload_at, f"the payload of {frame.name} does not have its checksum")
         return None

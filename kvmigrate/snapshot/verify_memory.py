@@ -14,7 +14,7 @@ from typing import Any
 import xxhash
 import zstandard
 
-from .verify_frames import PAGES, Frame, Tell, walk
+from .verify_frames import PAGES, Bytes, Frame, Tell, walk
 
 PAGE = 4096
 CHUNK_PAGES = 64
@@ -22,6 +22,7 @@ CHUNK = CHUNK_PAGES * PAGE
 ZERO_PAGE = bytes(PAGE)
 ZERO_CHUNK = bytes(CHUNK)
 FRAME_PAGES = 256
+MAX_FRAME_BYTES = 16 + (16 + PAGE) * FRAME_PAGES
 WORD = (1 << 64) - 1
 
 
@@ -178,9 +179,9 @@ class _Holes:
         return before >= 0 and self._ranges[before][1] > begin
 
 
-def check_raw(fd: int, data: memoryview, index: Index, tell: Tell) -> int:
+def check_raw(data: Bytes, index: Index, tell: Tell) -> int:
     """Every page of ``memory.raw``; returns how many hold data."""
-    holes = _Holes(fd, len(data))
+    holes = _Holes(data.fd, len(data))
     sums = _Sums()
     for file_page, gfn, nr_pages, position, wanted in _chunks(index):
         begin, end = file_page * PAGE, (file_page + nr_pages) * PAGE
@@ -193,11 +194,11 @@ def check_raw(fd: int, data: memoryview, index: Index, tell: Tell) -> int:
             if wanted:
                 tell(begin, f"a chunk with data ({where}) is a hole in the file")
             continue
-        view = data[begin:end]
-        if view == ZERO_CHUNK[: end - begin]:
-            pages = [0] * nr_pages
-        else:
-            pages = [page_hash(view[at : at + PAGE]) for at in range(0, end - begin, PAGE)]
+        try:
+            pages = page_hashes(data[begin:end])
+        except OSError as error:
+            tell(begin, f"a chunk ({where}) cannot be read: {error.strerror or error}")
+            continue
         for n, page in enumerate(pages):
             sums.add(gfn + n, page)
         if wanted is not None and chunk_hash(pages) != wanted:
@@ -206,7 +207,15 @@ def check_raw(fd: int, data: memoryview, index: Index, tell: Tell) -> int:
     return sums.nr_pages
 
 
-def check_frames(fd: int, data: memoryview, index: Index, tell: Tell) -> int:
+def page_hashes(data: bytes) -> list[int]:
+    """The hash of each page of ``data``."""
+    if data == ZERO_CHUNK[: len(data)]:
+        return [0] * (len(data) // PAGE)
+    view = memoryview(data)
+    return [page_hash(view[at : at + PAGE]) for at in range(0, len(data), PAGE)]
+
+
+def check_frames(data: Bytes, index: Index, tell: Tell) -> int:
     """Every frame of ``memory.frames``, and what they make of memory; returns how many pages hold data."""
     ram = _Ram(index)
     nr_frames = 0
@@ -215,9 +224,12 @@ def check_frames(fd: int, data: memoryview, index: Index, tell: Tell) -> int:
         if frame.kind != PAGES:
             tell(frame.offset, f"{frame.name} does not belong here")
             continue
+        if frame.payload_bytes > MAX_FRAME_BYTES:
+            tell(frame.offset, f"{frame.name} has {frame.payload_bytes} bytes, over the limit of {MAX_FRAME_BYTES}")
+            continue
         try:
-            ram.take(data[frame.payload_at : frame.payload_at + frame.payload_bytes], frame)
-        except (ValueError, struct.error, zstandard.ZstdError) as error:
+            ram.take(memoryview(data[frame.payload_at : frame.payload_at + frame.payload_bytes]), frame)
+        except (ValueError, struct.error, zstandard.ZstdError, OSError) as error:
             tell(frame.offset, f"{frame.name}: {error}")
     if nr_frames != index.nr_frames:
         tell(len(data), f"there are {nr_frames} frames, the index says {index.nr_frames}")

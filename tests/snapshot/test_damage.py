@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import random
 import shutil
 import subprocess
@@ -252,6 +254,27 @@ def test_foreign_state_is_refused_and_found(raw: Path, content: bytes) -> None:
     (raw / "state").write_bytes(content)
     assert_refused(raw, "state")
     assert findings_in(raw, "state")[0].offset == 0
+
+
+@pytest.mark.parametrize("file", ["state", "memory"])
+def test_bad_sector_is_told_with_its_place_and_refused(
+    snapshot: Path, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    path = next(snapshot.glob(f"{file}*"))
+    inode = path.stat().st_ino
+    pread = os.pread
+
+    def bad_sector(fd: int, length: int, offset: int) -> bytes:
+        if os.fstat(fd).st_ino == inode and offset <= 200 < offset + length:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return pread(fd, length, offset)
+
+    monkeypatch.setattr(os, "pread", bad_sector)
+    found = verify(snapshot).findings
+    unread = [f for f in found if "Input/output error" in f.what]
+    assert [f.file for f in unread] == [path.name] and unread[0].offset <= 200
+    if path.name != "memory.raw":
+        assert "Input/output error" in assert_refused(snapshot, path.name)
 
 
 def test_directory_that_is_no_snapshot_is_told_as_such(tmp_path: Path) -> None:
