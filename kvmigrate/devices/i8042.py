@@ -56,6 +56,7 @@ class I8042(Device):
         return {DATA_OFFSET: self._read_data, COMMAND_OFFSET: self._read_status}.get(offset, self._absent)()
 
     def write(self, offset: int, size: int, value: int) -> None:
+        """A command (port 0x64) or a byte of data (port 0x60)."""
         if offset == COMMAND_OFFSET:
             self._last_was_command = True
             self._command(value & 0xFF)
