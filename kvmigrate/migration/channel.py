@@ -266,7 +266,7 @@ class Channel:
 
 def unexpected(frame: Frame, state: str) -> UnexpectedFrame:
     """The error for a frame that may not come in ``state``."""
-    return UnexpectedFrame(f"a {frame.name} frame may not come while {state}")
+    return UnexpectedFrame(f"the frame {frame.name} may not come while {state}")
 
 
 def _poll(watched: list[tuple[int, int]], timeout_ms: float) -> set[int]:
