@@ -76,6 +76,7 @@ class Observer:
             self.verdict = line.decode("ascii", "replace")
 
     def close(self) -> None:
+        """Stop listening and watching."""
         # Closing alone would leave a thread in accept(2).
         try:
             self._listener.shutdown(socket.SHUT_RDWR)
@@ -108,6 +109,7 @@ class Vm:
             time.sleep(0.01)
 
     def close(self) -> None:
+        """End the process if it lives."""
         if self.process.poll() is None:
             self.process.terminate()
             try:

@@ -125,6 +125,7 @@ class SnapshotJob(Job):
         self._result: save.SnapshotResult | None = None
 
     def work(self) -> None:
+        """Take the snapshot; see :func:`save.take`."""
         self._emit("X_KVMIGRATE_SNAPSHOT", {"status": ACTIVE})
         try:
             self._result = save.take(self._machine, self._directory, self._parameters, self, self._abort_fd)

@@ -94,6 +94,7 @@ class Session:
         return self._job.kind if self._job is not None and self._job.alive else self._busy
 
     def facts(self) -> Mapping[str, Any]:
+        """See :class:`commands.Vm`, as for all that follows."""
         if self.machine is None:
             return {"uuid": "00000000-0000-0000-0000-000000000000", "memory_bytes": 0, "thread_ids": []}
         return {
