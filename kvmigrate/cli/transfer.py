@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,19 +96,30 @@ def _reason(job: Mapping[str, Any]) -> str:
 
 def _watch(vm: Client, what: str) -> Mapping[str, Any]:
     """Follow the job under way until it ends, with a progress bar; Ctrl-C cancels it. Returns its last report."""
-    with _bar() as bar:
+    with _interrupts() as interrupts, _bar() as bar:
         task = bar.add_task(what, total=1.0, round=0, rate="", left="", eta="")
         doubt_since = None
         while True:
-            try:
-                job: Mapping[str, Any] = vm.execute("x-kvmigrate-job")
-                _draw(bar, task, job)
-                doubt_since = (doubt_since or time.monotonic()) if job["status"] == "commit-unknown" else None
-                if job["status"] in ENDED or (doubt_since and time.monotonic() - doubt_since > IN_DOUBT_S):
-                    return job
-                _pause_until_news(vm)
-            except KeyboardInterrupt:
+            job: Mapping[str, Any] = vm.execute("x-kvmigrate-job")
+            _draw(bar, task, job)
+            doubt_since = (doubt_since or time.monotonic()) if job["status"] == "commit-unknown" else None
+            if job["status"] in ENDED or (doubt_since and time.monotonic() - doubt_since > IN_DOUBT_S):
+                return job
+            _pause_until_news(vm)
+            if interrupts:
+                interrupts.clear()
                 vm.execute("x-kvmigrate-cancel")
+
+
+@contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """Collect Ctrl-C in place of raising it anywhere: whether it still can cancel is for the VM to say."""
+    found: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: found.append(number))
+    try:
+        yield found
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _pause_until_news(vm: Client) -> None:

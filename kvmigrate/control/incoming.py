@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..contract import Builder
+from ..errors import KvmigrateError
 from ..migration.address import Listener
 from ..migration.destination import Arrived, Destination
 from .job import Emit, Job
@@ -30,7 +31,8 @@ class IncomingJob(Job):
     def work(self) -> None:
         self.arrived = self._destination.run()
 
-    def cancel(self) -> None:
+    def cancel(self, reason: KvmigrateError | None = None) -> None:
+        """See :meth:`Job.cancel`."""
         self._destination.cancel()
 
     def resolve(self, *, run_here: bool) -> None:

@@ -56,8 +56,9 @@ class Job:
         """Do it all. An exception is its failure."""
         raise NotImplementedError
 
-    def cancel(self) -> None:
-        """Ask it to end early. Raises :class:`StateError` when it is too late for that."""
+    def cancel(self, reason: KvmigrateError | None = None) -> None:
+        """Ask it to end early, for ``reason`` or because the operator wants it. Raises :class:`StateError` when it is
+        too late for that."""
         raise NotImplementedError
 
     def resolve(self, *, run_here: bool) -> None:
@@ -134,7 +135,8 @@ class SnapshotJob(Job):
             self._emit("X_KVMIGRATE_SNAPSHOT", {"status": FAILED, "error-desc": describe(error)})
             raise
 
-    def cancel(self) -> None:
+    def cancel(self, reason: KvmigrateError | None = None) -> None:
+        """See :meth:`Job.cancel`."""
         if self._status == ACTIVE:
             self._status = CANCELLING
             os.eventfd_write(self._abort_fd, 1)

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..config import Address, MigrationParameters
 from ..contract import Migratable
+from ..errors import KvmigrateError
 from ..migration.source import Source
 from ..migration.status import Status
 from ..precopy.ledger import RoundRecord
@@ -51,8 +52,9 @@ class MigrationJob(Job):
     def work(self) -> None:
         self._source.run()
 
-    def cancel(self) -> None:
-        self._source.cancel()
+    def cancel(self, reason: KvmigrateError | None = None) -> None:
+        """See :meth:`Job.cancel`."""
+        self._source.cancel(reason)
 
     def resolve(self, *, run_here: bool) -> None:
         """The operator's word; see :meth:`Source.resolve`."""

@@ -261,7 +261,7 @@ class Session:
         job = self._job
         if job is not None and job.alive:
             try:
-                job.cancel()
+                job.cancel(MigrationError(f"the guest came to its end: {how.text or 'it switched itself off'}"))
             except KvmigrateError:
                 pass  # too late: the handover ends one way or the other
             await asyncio.to_thread(job.wait, CANCEL_S)

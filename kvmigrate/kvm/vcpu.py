@@ -56,8 +56,9 @@ class VcpuGroup:
         lib.kmig_vcpus_resume(self.handle)
 
     def quit(self) -> None:
-        """Make every :meth:`Vcpu.run` return RUN_QUIT, now and for ever."""
-        lib.kmig_vcpus_quit(self.handle)
+        """Make every :meth:`Vcpu.run` return RUN_QUIT, now and for ever. Nothing to do once the group is closed."""
+        if self.handle != ffi.NULL:
+            lib.kmig_vcpus_quit(self.handle)
 
     def close(self) -> None:
         """Free the group. No thread may be in one of its vCPUs any more. Idempotent."""

@@ -118,9 +118,10 @@ class Source:
         finally:
             self._close()
 
-    def cancel(self) -> None:
-        """Stop the migration; the guest goes on here. Raises :class:`StateError` once COMMIT may have been sent."""
-        if not self._abort.fire(Cancelled("cancelled by the operator: the guest runs on here")):
+    def cancel(self, reason: KvmigrateError | None = None) -> None:
+        """Stop the migration, for ``reason`` or because the operator wants it; the guest goes on here. Raises
+        :class:`StateError` once COMMIT may have been sent."""
+        if not self._abort.fire(reason or Cancelled("cancelled by the operator: the guest runs on here")):
             raise StateError("handed over (COMMIT was sent)", "still owned by this side")
         if self._result.status in (Status.SETUP, Status.ACTIVE, Status.DEVICE):
             self._result = replace(self._result, status=Status.CANCELLING)
