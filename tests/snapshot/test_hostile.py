@@ -6,6 +6,7 @@ import copy
 import shutil
 import struct
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -157,6 +158,19 @@ def test_lie_in_state_is_refused_and_found(raw: Path, name: str) -> None:
     assert any(found.file == "state" for found in verify(raw).findings), "not found by the checker"
 
 
+def test_frames_that_changed_places_are_refused_and_found(raw: Path) -> None:
+    data = (raw / "state").read_bytes()
+    starts = [0]
+    while starts[-1] < len(data):
+        starts.append(starts[-1] + 32 + frame.decode_header(data[starts[-1] : starts[-1] + 32]).length)
+    parts = [data[a:b] for a, b in pairwise(starts)]
+    parts[CPU0], parts[SERIAL0] = parts[SERIAL0], parts[CPU0]
+    (raw / "state").write_bytes(b"".join(parts))
+    with pytest.raises(SnapshotError, match="frame 3 where frame 2 has to be"):
+        restore(raw, must_not_build)
+    assert verify(raw).findings[0].offset == starts[CPU0]
+
+
 def test_unknown_optional_frame_is_skipped(raw: Path) -> None:
     edit(raw, inserting(SERIAL0, 999, mandatory=False))
 
@@ -244,35 +258,36 @@ def pages_frame(runs: list[Run], data: bytes, *, flags: int = 0, sequence: int =
 ONE = b"p" * PAGE_BYTES
 BOMB = zstandard.ZstdCompressor(level=19).compress(bytes(64 * MIB))
 SIZELESS = zstandard.ZstdCompressor(write_content_size=False).compress(ONE)
-BAD_FRAMES: dict[str, bytes] = {
-    "past the last page": pages_frame([(2048, 1, 0)], ONE),
-    "over the end of the slot": pages_frame([(2047, 2, 0)], ONE * 2),
-    "gfn that wraps around": pages_frame([(2**64 - 1, 1, 0)], ONE),
-    "run of no pages": pages_frame([(0, 0, 0)], b""),
-    "run of four billion pages": pages_frame([(0, 2**32 - 1, 1)], b""),
-    "unknown kind of run": pages_frame([(0, 1, 2)], ONE),
-    "page twice": pages_frame([(0, 1, 0), (0, 1, 0)], ONE * 2),
-    "too many runs": pages_frame([(n, 1, 1) for n in range(257)], b""),
-    "too many pages": pages_frame([(0, 257, 1)], b""),
-    "less data than its table names": pages_frame([(0, 2, 0)], ONE),
-    "more data than its table names": pages_frame([(0, 1, 0)], ONE * 2),
-    "data past the end of the file": pages_frame([(0, 1, 0)], b"", data_bytes=PAGE_BYTES),
-    "unknown flag": pages_frame([(0, 1, 0)], ONE, flags=2),
-    "zstd that is none": pages_frame([(0, 1, 0)], ONE, flags=1),
-    "zstd bomb": pages_frame([(0, 1, 0)], BOMB, flags=1),
-    "zstd without its size": pages_frame([(0, 1, 0)], SIZELESS, flags=1),
-    "zstd with something behind it": pages_frame([(0, 1, 0)], zstandard.compress(ONE) + b"more", flags=1),
-    "wrong sequence": pages_frame([(0, 1, 0)], ONE, sequence=1),
-    "frame that is no PAGES": frame.encode_frame(FrameKind.HELLO, b"\x80", 0),
-    "unknown optional frame": frame.encode_frame(999, b"\x80", 0, mandatory=False),  # type: ignore[arg-type]
-    "page that is not the saved one": pages_frame([(0, 1, 0)], ONE),
-    "no frame": b"",
+OPTIONAL = frame.encode_frame(999, b"\x80", 0, mandatory=False)  # type: ignore[arg-type]
+BAD_FRAMES: dict[str, tuple[bytes, str]] = {
+    "past the last page": (pages_frame([(2048, 1, 0)], ONE), "not RAM"),
+    "over the end of the slot": (pages_frame([(2047, 2, 0)], ONE * 2), "not RAM"),
+    "gfn that wraps around": (pages_frame([(2**64 - 1, 1, 0)], ONE), "not RAM"),
+    "run of no pages": (pages_frame([(0, 0, 0)], b""), "not RAM"),
+    "run of four billion pages": (pages_frame([(0, 2**32 - 1, 1)], b""), "not RAM"),
+    "unknown kind of run": (pages_frame([(0, 1, 2)], ONE), "not RAM"),
+    "page twice": (pages_frame([(0, 1, 0), (0, 1, 0)], ONE * 2), "not RAM"),
+    "too many runs": (pages_frame([(n, 1, 1) for n in range(257)], b""), "over the limit"),
+    "too many pages": (pages_frame([(0, 257, 1)], b""), "not RAM"),
+    "less data than its table names": (pages_frame([(0, 2, 0)], ONE), "4096 bytes of data where"),
+    "more data than its table names": (pages_frame([(0, 1, 0)], ONE * 2), "8192 bytes of data where"),
+    "data past the end of the file": (pages_frame([(0, 1, 0)], b"", data_bytes=PAGE_BYTES), "ends 4096 bytes too early"),
+    "unknown flag": (pages_frame([(0, 1, 0)], ONE, flags=2), "flags 2: they disagree"),
+    "zstd that is none": (pages_frame([(0, 1, 0)], ONE, flags=1), "unpack"),
+    "zstd bomb": (pages_frame([(0, 1, 0)], BOMB, flags=1), "does not unpack to the 4096 bytes"),
+    "zstd without its size": (pages_frame([(0, 1, 0)], SIZELESS, flags=1), "does not unpack to the 4096"),
+    "zstd with something behind it": (pages_frame([(0, 1, 0)], zstandard.compress(ONE) + b"more", flags=1), "unpack"),
+    "wrong sequence": (pages_frame([(0, 1, 0)], ONE, sequence=1), "PAGES frame 0 has to be"),
+    "frame that is no PAGES": (frame.encode_frame(FrameKind.HELLO, b"\x80", 0), "PAGES frame 0 has to be"),
+    "unknown optional frame": (OPTIONAL, "PAGES frame 0 has to be"),
+    "page that is not the saved one": (pages_frame([(0, 1, 0)], ONE), "not what was saved"),
+    "no frame": (b"", "not what was saved"),
 }
 
 
 @pytest.mark.parametrize("name", BAD_FRAMES)
 def test_lie_in_the_memory_frames_is_refused_and_found(zstd: Path, name: str) -> None:
-    data = BAD_FRAMES[name]
+    data, told = BAD_FRAMES[name]
     (zstd / "memory.frames").write_bytes(data)
     edit(zstd, lambda frames: frames[INDEX].value.update(size_bytes=len(data), nr_frames=1 if data else 0))
     machines: list[Guest] = []
@@ -281,7 +296,7 @@ def test_lie_in_the_memory_frames_is_refused_and_found(zstd: Path, name: str) ->
         machines.append(build(description))
         return machines[-1]
 
-    with pytest.raises(SnapshotError) as raised:
+    with pytest.raises(SnapshotError, match=told) as raised:
         restore(zstd, builder)  # type: ignore[arg-type]
     assert str(zstd / "memory.frames") in str(raised.value) and "\n" not in str(raised.value)
     assert all(machine.closed for machine in machines)
