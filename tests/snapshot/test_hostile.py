@@ -271,7 +271,7 @@ BAD_FRAMES: dict[str, tuple[bytes, str]] = {
     "too many pages": (pages_frame([(0, 257, 1)], b""), "not RAM"),
     "less data than its table names": (pages_frame([(0, 2, 0)], ONE), "4096 bytes of data where"),
     "more data than its table names": (pages_frame([(0, 1, 0)], ONE * 2), "8192 bytes of data where"),
-    "data past the end of the file": (pages_frame([(0, 1, 0)], b"", data_bytes=PAGE_BYTES), "ends 4096 bytes too early"),
+    "data past the end of the file": (pages_frame([(0, 1, 0)], b"", data_bytes=PAGE_BYTES), "4096 bytes too early"),
     "unknown flag": (pages_frame([(0, 1, 0)], ONE, flags=2), "flags 2: they disagree"),
     "zstd that is none": (pages_frame([(0, 1, 0)], ONE, flags=1), "unpack"),
     "zstd bomb": (pages_frame([(0, 1, 0)], BOMB, flags=1), "does not unpack to the 4096 bytes"),
