@@ -174,19 +174,23 @@ def test_send_and_recv_carry_every_byte_once() -> None:
     assert sent == [0] and bytes(ffi.buffer(buffer)) == data
 
 
-@pytest.mark.parametrize("bandwidth", [1 << 20, 20 << 20])
-def test_the_bandwidth_cap_is_kept_within_five_percent(source: GuestMemory, bandwidth: int) -> None:
-    nr_pages = min(bandwidth // 2 // PAGE_BYTES, NR_PAGES)
-    fill(source, range(nr_pages))
+def capped_rate(source: GuestMemory, bandwidth: int) -> float:
+    """How many times ``bandwidth`` a capped first round really took."""
     ours, theirs = socket.socketpair()
     round_ = new_round(first=True, bandwidth=bandwidth)
     with theirs, Draining(theirs):
         began = time.monotonic()
         with ours:
             assert lib.kmig_stream_send_round(source.handle, round_, ours.fileno(), ffi.new("uint32_t *")) == 0
-        seconds = time.monotonic() - began
-    assert round_.bytes_sent / seconds < 1.05 * bandwidth
-    assert round_.bytes_sent / seconds > 0.85 * bandwidth, "the machine may be busy, but not that busy"
+        return float(round_.bytes_sent / (time.monotonic() - began) / bandwidth)
+
+
+@pytest.mark.parametrize("bandwidth", [1 << 20, 20 << 20])
+def test_the_bandwidth_cap_is_kept_within_five_percent(source: GuestMemory, bandwidth: int) -> None:
+    """Never over it; and not under it either, unless the machine is too busy to wake the sender in time."""
+    fill(source, range(min(bandwidth // 2 // PAGE_BYTES, NR_PAGES)))
+    rates = [capped_rate(source, bandwidth) for _ in range(3)]
+    assert max(rates) < 1.05 and max(rates) > 0.95
 
 
 def test_a_capped_round_can_be_cancelled_while_it_sleeps(source: GuestMemory) -> None:
