@@ -254,10 +254,6 @@ def test_quit_ends_running_and_parked_vcpus_for_ever() -> None:
         assert ends == [RUN_QUIT]
 
 
-def cpu_seconds(thread: threading.Thread) -> float:
-    return time.clock_gettime(time.pthread_getcpuclockid(thread.ident or 0))
-
-
 @pytest.mark.parametrize("nmi", [False, True], ids=["quiet", "with_pending_nmi"])
 def test_an_application_processor_that_waits_for_init_does_not_spin(nmi: bool) -> None:
     with tiny(2) as vm:
@@ -268,7 +264,8 @@ def test_an_application_processor_that_waits_for_init_does_not_spin(nmi: bool) -
             waiting.nmi()
         vm.group.resume()
         time.sleep(0.3)
-        assert cpu_seconds(vm.threads[1]) < 0.1
+        # One try a millisecond at most; a busy loop makes tens of thousands.
+        assert waiting.nr_entries < 1000
         vm.group.pause(1000)
         assert waiting.get_mp_state() == {"mp_state": lib.KVM_MP_STATE_UNINITIALIZED}
 
