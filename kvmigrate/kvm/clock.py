@@ -56,6 +56,8 @@ def _host_tsc(clock: dict[str, Value]) -> int:
 
 @dataclass(frozen=True, slots=True)
 class ParsedClock:
+    """A saved clock that was checked: the kernel's fields, and the source's host TSC at that instant in cycles."""
+
     clock: dict[str, Value]
     host_tsc: int
 

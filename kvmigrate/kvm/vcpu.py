@@ -144,6 +144,7 @@ class Vcpu:
         return self._get("sregs")
 
     def set_sregs(self, value: Value) -> None:
+        """Set what get_sregs gives; before the local APIC, whose mode is the APIC base's."""
         self._set("sregs", value)
 
     def get_sregs2(self) -> dict[str, Value]:
@@ -151,6 +152,7 @@ class Vcpu:
         return self._get("sregs2")
 
     def set_sregs2(self, value: Value) -> None:
+        """Set what get_sregs2 gives."""
         self._set("sregs2", value)
 
     def get_fpu(self) -> dict[str, Value]:
@@ -167,6 +169,7 @@ class Vcpu:
         return self._get("xcrs")
 
     def set_xcrs(self, value: Value) -> None:
+        """Set what get_xcrs gives."""
         self._set("xcrs", value)
 
     def get_debugregs(self) -> dict[str, Value]:
@@ -174,6 +177,7 @@ class Vcpu:
         return self._get("debugregs")
 
     def set_debugregs(self, value: Value) -> None:
+        """Set the guest's own debug registers."""
         self._set("debugregs", value)
 
     def get_lapic(self) -> dict[str, Value]:
@@ -181,6 +185,7 @@ class Vcpu:
         return self._get("lapic_state")
 
     def set_lapic(self, value: Value) -> None:
+        """Set the local APIC; its timer starts from the current count."""
         self._set("lapic_state", value)
 
     def get_mp_state(self) -> dict[str, Value]:
@@ -188,6 +193,7 @@ class Vcpu:
         return self._get("mp_state")
 
     def set_mp_state(self, value: Value) -> None:
+        """Set what get_mp_state gives."""
         self._set("mp_state", value)
 
     def get_vcpu_events(self) -> dict[str, Value]:
@@ -195,6 +201,7 @@ class Vcpu:
         return self._get("vcpu_events")
 
     def set_vcpu_events(self, value: Value) -> None:
+        """Set what get_vcpu_events gives; after the registers."""
         self._set("vcpu_events", value)
 
     def get_xsave(self) -> bytes:
@@ -253,6 +260,7 @@ class Vcpu:
         return check(lib.kmig_ioctl_value(self.fd, lib.KVM_GET_TSC_KHZ, 0), "KVM_GET_TSC_KHZ")
 
     def set_tsc_khz(self, khz: int) -> None:
+        """Make the guest's TSC count at ``khz``; needs KVM_CAP_TSC_CONTROL when that is not the host's."""
         check(lib.kmig_ioctl_value(self.fd, lib.KVM_SET_TSC_KHZ, khz), "KVM_SET_TSC_KHZ")
 
     def _tsc_offset(self, request: int, value: int) -> tuple[int, int]:
@@ -273,6 +281,7 @@ class Vcpu:
         return value
 
     def set_tsc_offset(self, offset: int) -> None:
+        """Set what get_tsc_offset gives. A backend may take it and change nothing: read the TSC back."""
         check(self._tsc_offset(lib.KVM_SET_DEVICE_ATTR, offset)[0], "KVM_SET_DEVICE_ATTR of the TSC offset")
 
     def get_nested_state(self, size_bytes: int) -> bytes:
@@ -284,6 +293,7 @@ class Vcpu:
         return bytes(ffi.buffer(buffer, min(size_bytes, state.size)))
 
     def set_nested_state(self, data: bytes) -> None:
+        """Set what get_nested_state gives; between SREGS and the registers."""
         check(lib.kmig_ioctl(self.fd, lib.KVM_SET_NESTED_STATE, ffi.from_buffer(data)), "KVM_SET_NESTED_STATE")
 
     def interrupt(self, vector: int) -> None:

@@ -20,6 +20,7 @@ GDT = 0x8000
 TSS = 0x9000
 STACK = 0x7000
 MEMORY_BYTES = 4 << 20
+TIMER_VECTOR = 0x30
 
 
 class TinyVm:
