@@ -93,6 +93,8 @@ def bzimage(directory: Path, code: bytes = LINUX_CODE, **fields: int) -> Path:
     for name, (code_letter, offset) in places.items():
         struct.pack_into("<" + code_letter, head, offset, values[name])
     head[0x202:0x206] = b"HdrS"
+    # What stands behind the header's end is code, and no loader's to pass on.
+    head[0x202 + head[0x201] : 0x290] = b"\xee" * (0x290 - 0x202 - head[0x201])
     path = directory / "bzImage"
     path.write_bytes(bytes(head) + code)
     return path
