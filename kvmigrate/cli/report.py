@@ -48,6 +48,7 @@ def rounds(records: Sequence[Mapping[str, Any]]) -> None:
         rows.append(["total", *_round_cells(total)])
     columns = ["round", "pages dirty", "zero", "sent", "bytes", "time", "rate"]
     show.table("", columns, rows, right=range(1, 7))
+    print()
 
 
 def _round_name(record: Mapping[str, Any]) -> str:
@@ -70,6 +71,7 @@ def downtime(parts: Mapping[str, float]) -> None:
     rows = [[name.replace("-", " "), side, show.duration(parts[name]), text] for name, side, text in _PARTS]
     rows.append(["total", "", show.duration(sum(parts[name] for name, _, _ in _PARTS)), ""])
     show.table("downtime", ["part", "clock", "time", "what"], rows, right=(2,))
+    print()
 
 
 def fidelity(value: Mapping[str, Any], *, stderr: bool = False) -> None:

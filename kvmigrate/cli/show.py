@@ -17,9 +17,13 @@ def size(nr_bytes: float) -> str:
     """``1536`` as ``1.5 KiB``."""
     for unit in _UNITS:
         if abs(nr_bytes) < 1024 or unit == _UNITS[-1]:
-            return f"{nr_bytes:.0f} {unit}" if unit == "B" else f"{nr_bytes:.3g} {unit}"
+            return f"{_three_digits(nr_bytes)} {unit}"
         nr_bytes /= 1024
     raise AssertionError("the last unit takes all")
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:.3g}" if abs(value) < 999.5 else f"{value:.0f}"
 
 
 def rate(bytes_s: float) -> str:
@@ -30,7 +34,7 @@ def rate(bytes_s: float) -> str:
 def duration(ms: float) -> str:
     """``0.25`` as ``0.25 ms``, ``1234`` as ``1.23 s``."""
     if ms < 1000:
-        return f"{ms:.3g} ms" if ms < 100 else f"{ms:.0f} ms"
+        return f"{_three_digits(ms)} ms"
     return f"{ms / 1000:.3g} s" if ms < 60_000 else f"{int(ms // 60_000)} min {ms % 60_000 / 1000:.0f} s"
 
 
@@ -63,7 +67,15 @@ def table(
     from rich.table import Table
     from rich.text import Text
 
-    grid = Table(title=title or None, box=SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False)
+    grid = Table(
+        title=title or None,
+        box=SIMPLE_HEAD,
+        title_justify="left",
+        title_style="bold",
+        pad_edge=False,
+        show_edge=False,
+        show_header=any(columns),
+    )
     for i, column in enumerate(columns):
         grid.add_column(column, justify="right" if i in right else "left", overflow="fold")
     for row in rows:

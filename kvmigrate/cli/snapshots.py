@@ -8,6 +8,9 @@ from typing import Any
 
 from . import show
 
+MAX_INLINE = 16
+"""A map of so many plain fields is shown on one line, as a segment or a CPUID leaf is."""
+
 
 def verify(directory: Path, *, as_json: bool) -> int:
     """Check all of ``directory``. Returns 0 for a good snapshot, 1 for one that has something wrong."""
@@ -41,7 +44,9 @@ def _lines(value: Any, indent: str) -> Iterator[str]:
     """A nested value as indented text: maps of scalars one field a line, integers in hexadecimal."""
     items = value.items() if isinstance(value, Mapping) else ((f"[{i}]", item) for i, item in enumerate(value))
     for key, item in items:
-        if isinstance(item, Mapping) or (isinstance(item, list | tuple) and not _flat(item)):
+        if isinstance(item, Mapping) and len(item) <= MAX_INLINE and not any(map(_nested, item.values())):
+            yield f"{indent}{key}: " + " ".join(f"{name}={_cell(cell)}" for name, cell in item.items())
+        elif isinstance(item, Mapping) or (isinstance(item, list | tuple) and not _flat(item)):
             yield f"{indent}{key}:"
             yield from _lines(item, indent + "  ")
         else:
@@ -49,7 +54,11 @@ def _lines(value: Any, indent: str) -> Iterator[str]:
 
 
 def _flat(value: list[Any] | tuple[Any, ...]) -> bool:
-    return len(value) <= 16 and not any(isinstance(item, list | tuple | Mapping) for item in value)
+    return len(value) <= 16 and not any(map(_nested, value))
+
+
+def _nested(value: Any) -> bool:
+    return isinstance(value, list | tuple | Mapping)
 
 
 def _cell(value: Any) -> str:

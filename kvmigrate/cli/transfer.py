@@ -141,7 +141,7 @@ def _draw(bar: Progress, task: Any, job: Mapping[str, Any]) -> None:
         completed=1.0 if job["status"] == "completed" else progress["fraction"],
         round=progress["round"],
         rate=show.rate(progress["rate-bytes-s"]),
-        left=show.size(progress["remaining-bytes"]),
+        left=f"{show.size(progress['remaining-bytes'])} left",
         eta="" if progress["eta-ms"] is None else show.duration(progress["eta-ms"]),
     )
 
@@ -156,7 +156,7 @@ def _bar() -> Progress:
         BarColumn(),
         TaskProgressColumn(),
         TextColumn("{task.fields[rate]}"),
-        TextColumn("{task.fields[left]} left"),
+        TextColumn("{task.fields[left]}"),
         TextColumn("{task.fields[eta]}"),
         console=console,
         refresh_per_second=5,

@@ -20,7 +20,7 @@ from .command import Host, wait_until
 from .proxy import Cutter
 from .test_vm import ended, waiting
 
-pytestmark = pytest.mark.kvm
+pytestmark = [pytest.mark.kvm, pytest.mark.timeout(300)]
 
 SLOW = ("--bandwidth", "4M")
 """So that a guest with 20 MiB of data is on its way for seconds."""

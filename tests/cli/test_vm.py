@@ -15,7 +15,7 @@ from qemu.qmp import ExecuteError, QMPClient
 from . import sectors
 from .command import Host, wait_until
 
-pytestmark = pytest.mark.kvm
+pytestmark = [pytest.mark.kvm, pytest.mark.timeout(300)]
 
 SMALL = ("--memory", "8M", "--serial", "null", "--boot", "flat")
 
