@@ -29,6 +29,8 @@ MAX_JOURNAL_BYTES = 64 << 10
 
 
 class Role(StrEnum):
+    """Which side wrote the journal."""
+
     SOURCE = "source"
     DESTINATION = "destination"
 

@@ -102,6 +102,7 @@ class Hello:
     name: str
 
     def to_payload(self) -> bytes:
+        """The frame\'s payload."""
         return pack(asdict(self) | {"features": list(self.features)})
 
     @classmethod
@@ -139,10 +140,12 @@ class Round:
     sections_bytes: int = 0
 
     def to_payload(self) -> bytes:
+        """The frame\'s payload."""
         return pack(asdict(self))
 
     @classmethod
     def from_payload(cls, payload: bytes) -> Self:
+        """Decode a hostile payload. Raises :class:`StreamError`."""
         fields = _fields(payload, FrameKind.ROUND)
         number, sent, zero, nr_bytes = (fields.integer(k) for k in ("round", "pages_sent", "pages_zero", "bytes_sent"))
         sections = fields.integer("sections", 0, MAX_SECTIONS)
@@ -164,10 +167,12 @@ class End:
     """Whether the guest is to run at once: false when it was paused at the source."""
 
     def to_payload(self) -> bytes:
+        """The frame\'s payload."""
         return pack(asdict(self))
 
     @classmethod
     def from_payload(cls, payload: bytes) -> Self:
+        """Decode a hostile payload. Raises :class:`StreamError`."""
         fields = _fields(payload, FrameKind.END)
         pages, cleared, digest, nr_hashed = (fields.integer(k) for k in ("pages", "cleared", "digest", "nr_hashed"))
         end = cls(pages, cleared, digest, nr_hashed, fields.boolean("autostart"))
@@ -186,6 +191,7 @@ class Ready:
     """From END received to READY sent."""
 
     def to_payload(self) -> bytes:
+        """The frame\'s payload."""
         return pack(
             {
                 "digest": self.digest,
@@ -197,6 +203,7 @@ class Ready:
 
     @classmethod
     def from_payload(cls, payload: bytes) -> Self:
+        """Decode a hostile payload. Raises :class:`StreamError`."""
         fields = _fields(payload, FrameKind.READY)
         ready = cls(
             fields.integer("digest"),
@@ -220,6 +227,7 @@ class Running:
     """As :meth:`Fidelity.to_value`: for showing only, so the source checks that it is a map and no more."""
 
     def to_payload(self) -> bytes:
+        """The frame\'s payload."""
         return pack(
             {
                 "journal_us": microseconds(self.journal_ms),
@@ -231,6 +239,7 @@ class Running:
 
     @classmethod
     def from_payload(cls, payload: bytes) -> Self:
+        """Decode a hostile payload. Raises :class:`StreamError`."""
         fields = _fields(payload, FrameKind.RUNNING)
         journal_ms, resume_ms, total_ms = (duration_ms(fields, k) for k in ("journal_us", "resume_us", "total_us"))
         running = cls(journal_ms, resume_ms, total_ms, fields.mapping("fidelity"))
@@ -246,10 +255,12 @@ class Query:
     epoch: int
 
     def to_payload(self) -> bytes:
+        """The frame\'s payload."""
         return pack(asdict(self))
 
     @classmethod
     def from_payload(cls, payload: bytes) -> Self:
+        """Decode a hostile payload. Raises :class:`StreamError`."""
         fields = _fields(payload, FrameKind.QUERY)
         query = cls(fields.text("uuid", 64), fields.integer("epoch"))
         fields.done()
@@ -264,10 +275,12 @@ class Answer:
     text: str = ""
 
     def to_payload(self) -> bytes:
+        """The frame\'s payload."""
         return pack({"state": self.state.value, "text": one_line(self.text)})
 
     @classmethod
     def from_payload(cls, payload: bytes) -> Self:
+        """Decode a hostile payload. Raises :class:`StreamError`."""
         fields = _fields(payload, FrameKind.ANSWER)
         state = fields.text("state", 16)
         if state not in [o.value for o in Ownership]:
@@ -292,16 +305,19 @@ class Failed:
         return cls(type(error).__name__, str(getattr(error, "item", "")), one_line(text))
 
     def to_value(self) -> Value:
+        """As a map for msgpack."""
         return asdict(self)
 
     @classmethod
     def from_payload(cls, payload: bytes) -> Self:
+        """Decode a hostile payload. Raises :class:`StreamError`."""
         fields = _fields(payload, FrameKind.FAILED)
         failed = cls(*(one_line(fields.text(key)) for key in ("error", "item", "text")))
         fields.done()
         return failed
 
     def to_error(self, peer: str) -> PeerFailed:
+        """As the error to raise on this side."""
         return PeerFailed(f"{peer} gave up: {self.text}")
 
 

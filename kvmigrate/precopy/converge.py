@@ -40,6 +40,8 @@ MAX_PAGE_BYTES = PAGE_BYTES + 16
 
 
 class Action(Enum):
+    """What a decision asks for."""
+
     CONTINUE = "continue"
     SWITCH = "switch"
     GIVE_UP = "give up"

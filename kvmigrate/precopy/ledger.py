@@ -65,6 +65,7 @@ class Totals:
 
     @classmethod
     def of(cls, records: Sequence[RoundRecord]) -> Totals:
+        """The sums over ``records``."""
         return cls(
             rounds=len(records),
             zero=sum(r.pages_zero + r.pages_cleared for r in records),

@@ -6,9 +6,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tests.fake_machine import MIB, FakeMachine
 from tests.migration.harness import Proxy, Receiving, Rule
+
+# Examples are timed by nobody: a busy machine would fail them.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 
 @pytest.fixture

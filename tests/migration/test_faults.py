@@ -14,8 +14,7 @@ from pathlib import Path
 import pytest
 
 from kvmigrate.contract import RunState
-from kvmigrate.errors import Cancelled, CommitUnknown, HostError, MigrationError, PeerFailed, PeerTimeout, StateError
-from kvmigrate.migration.journal import Entry, Journal
+from kvmigrate.errors import Cancelled, CommitUnknown, HostError, MigrationError, PeerFailed, PeerTimeout
 from kvmigrate.migration.status import Status
 from tests.fake_machine import FakeMachine
 from tests.migration.harness import (
@@ -161,93 +160,6 @@ def test_a_lost_done_changes_nothing(
     receiving.join()
     assert receiving.ran
     check_never_two(source_machine, receiving)
-
-
-@pytest.mark.parametrize(("direction", "number"), [("out", COMMIT), ("back", RUNNING)])
-def test_with_the_link_down_the_source_stays_paused_in_doubt(
-    tmp_path: Path, source_machine: FakeMachine, receive: Receive, proxy_to: ProxyTo, direction: str, number: int
-) -> None:
-    receiving = receive(in_doubt_ms=100.0)
-    proxy = proxy_to(receiving, Rule(direction, number, "cut", link_stays_down=True))
-    outcome = migrate(source_machine, proxy.address, tmp_path, ask_for_ms=300.0)
-    assert isinstance(outcome.error, CommitUnknown)
-    assert "kvmigrate resolve guest --run" in str(outcome.error)
-    assert source_machine.runstate is RunState.FINISH_MIGRATE
-    record = Journal(tmp_path, "guest").read()
-    assert record is not None
-    assert record.state is Entry.COMMITTED
-    receiving.join()
-    assert receiving.ran == (direction == "back")
-
-
-@pytest.mark.parametrize(("direction", "number"), [("out", COMMIT), ("back", RUNNING)])
-def test_when_the_link_is_back_the_answer_decides(
-    tmp_path: Path, source_machine: FakeMachine, receive: Receive, proxy_to: ProxyTo, direction: str, number: int
-) -> None:
-    receiving = receive(in_doubt_ms=5000.0)
-    proxy = proxy_to(receiving, Rule(direction, number, "cut", link_stays_down=True))
-    source = make_source(source_machine, proxy.address, tmp_path, ask_for_ms=None)
-    threading.Timer(0.4, proxy.link_up).start()
-    outcome = run(source)
-    receiving.join()
-    check_never_two(source_machine, receiving)
-    if direction == "back":
-        assert outcome.error is None
-        assert receiving.ran
-    else:
-        assert isinstance(outcome.error, PeerFailed)
-        check_resumed(source_machine)
-        assert not receiving.ran
-
-
-def in_doubt(
-    directory: Path, machine: FakeMachine, receive: Receive, proxy_to: ProxyTo
-) -> tuple[threading.Thread, list[object], object]:
-    """A source in its thread that is commit-unknown with its destination out of reach."""
-    receiving = receive(in_doubt_ms=100.0)
-    proxy = proxy_to(receiving, Rule("out", COMMIT, "cut", link_stays_down=True))
-    source = make_source(machine, proxy.address, directory, ask_for_ms=None)
-    outcomes: list[object] = []
-    thread = threading.Thread(target=lambda: outcomes.append(run(source)), daemon=True)
-    thread.start()
-    until = time.monotonic() + 5
-    while source.query().status is not Status.COMMIT_UNKNOWN:
-        assert time.monotonic() < until
-        time.sleep(0.01)
-    return thread, outcomes, source
-
-
-def test_in_doubt_cancel_is_refused_and_the_operators_run_resumes(
-    tmp_path: Path, source_machine: FakeMachine, receive: Receive, proxy_to: ProxyTo
-) -> None:
-    thread, outcomes, source = in_doubt(tmp_path, source_machine, receive, proxy_to)
-    with pytest.raises(StateError, match="COMMIT was sent"):
-        source.cancel()  # type: ignore[attr-defined]
-    assert source_machine.runstate is RunState.FINISH_MIGRATE
-    source.resolve(run_here=True)  # type: ignore[attr-defined]
-    thread.join(5)
-    assert "the operator said so" in str(outcomes[0].error)  # type: ignore[attr-defined]
-    check_resumed(source_machine)
-    migrates_at_once(source_machine, receive, tmp_path)
-
-
-def test_in_doubt_the_operators_discard_completes(
-    tmp_path: Path, source_machine: FakeMachine, receive: Receive, proxy_to: ProxyTo
-) -> None:
-    thread, outcomes, source = in_doubt(tmp_path, source_machine, receive, proxy_to)
-    source.resolve(run_here=False)  # type: ignore[attr-defined]
-    thread.join(5)
-    assert outcomes[0].error is None  # type: ignore[attr-defined]
-    assert source_machine.runstate is RunState.POSTMIGRATE
-    assert Journal(tmp_path, "guest").read() is None
-
-
-def test_resolve_is_refused_when_nothing_is_in_doubt(
-    tmp_path: Path, source_machine: FakeMachine, receive: Receive
-) -> None:
-    source = make_source(source_machine, receive().address, tmp_path)
-    with pytest.raises(StateError, match="not in doubt"):
-        source.resolve(run_here=True)
 
 
 @pytest.mark.parametrize("where", ["pause", "save"])
@@ -414,21 +326,3 @@ def test_a_refused_connection_says_what_to_do(tmp_path: Path, source_machine: Fa
     assert isinstance(outcome.error, HostError)
     assert "start `kvmigrate receive` first" in str(outcome.error)
     check_resumed(source_machine)
-
-
-def test_a_destination_that_loses_its_source_after_ready_may_be_run_by_the_operator(
-    tmp_path: Path, source_machine: FakeMachine, receive: Receive, proxy_to: ProxyTo
-) -> None:
-    receiving = receive(in_doubt_ms=5000.0)
-    proxy = proxy_to(receiving, Rule("out", COMMIT, "cut", link_stays_down=True))
-    outcome = migrate(source_machine, proxy.address, tmp_path, ask_for_ms=0.0)
-    assert isinstance(outcome.error, CommitUnknown)
-    until = time.monotonic() + 5
-    while receiving.destination.query()["status"] != "commit-unknown":
-        assert time.monotonic() < until
-        time.sleep(0.01)
-    receiving.destination.resolve(run_here=True)
-    receiving.join()
-    assert receiving.error is None
-    assert receiving.ran
-    check_never_two(source_machine, receiving)
