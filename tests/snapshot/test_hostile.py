@@ -130,6 +130,7 @@ LIES: dict[str, tuple[Change, str]] = {
     "slots that fall": (slots_everywhere([[0, 4096, 1024], [1, 0, 1024]]), "slot 1"),
     "slots of 33": (slots_everywhere([[n, n * 64, 64] for n in range(33)]), "slots"),
     "index of other slots": (setting(INDEX, "slots", [[0, 0, 1024], [1, 1024, 1024]]), "hashes"),
+    "index of slots elsewhere": (setting(INDEX, "slots", [[0, 64, 2048]]), "not those of CONFIG"),
     "path out of the directory": (setting(INDEX, "file", "../memory.raw"), "file"),
     "absolute path": (setting(INDEX, "file", "/etc/passwd"), "file"),
     "the state as memory": (setting(INDEX, "file", "state"), "file"),
