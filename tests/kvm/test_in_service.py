@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import pytest
+
 from kvmigrate.kvm.cpuid import guest_cpuid
 from kvmigrate.kvm.system import System
 from kvmigrate.kvm.vcpu import Vcpu
 from kvmigrate.kvm.vm import Vm
 from kvmigrate.kvm.vm_state import load_state, save_state
+
+pytestmark = pytest.mark.kvm
 
 ISR, PPR, SPURIOUS = 0x100, 0xA0, 0xF0
 VECTOR = 0x45
