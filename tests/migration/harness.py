@@ -25,7 +25,14 @@ from kvmigrate.state.section import Value
 from tests.fake_machine import FakeMachine
 
 LOCAL = Address("127.0.0.1", 0)
-TIMEOUT_MS = 400.0
+TIMEOUT_MS = 8000.0
+"""Long, for a busy machine: only where a peer is silent on purpose is it worth waiting for less."""
+SILENCE_MS = 400.0
+
+
+def patience_ms(action: str) -> float:
+    """How long to wait for a peer that a rule with ``action`` stands between."""
+    return SILENCE_MS if action == "hold" else TIMEOUT_MS
 
 
 @dataclass
