@@ -13,6 +13,9 @@
 // A zstd frame of pages that do not shrink is this much larger than they are (ZSTD_compressBound, rounded up).
 #define ZSTD_SLACK_BYTES (KMIG_CHUNK_PAGES * KMIG_PAGE_BYTES / 256 + 512)
 
+#define SMALL_BYTES (64 << 10)
+#define LOW_WATER_BYTES (512 << 10)
+
 static const uint8_t magic[4] = {'K', 'V', 'M', 'G'};
 
 // The machine is little endian, like the wire: KVM on x86-64 is all there is.
@@ -113,24 +116,61 @@ static int send_all(const struct link *link, struct iovec *iov, size_t nr_iov)
     return 0;
 }
 
+static size_t bytes_left(const struct iovec *iov, size_t nr_iov)
+{
+    size_t left = 0;
+    for (size_t i = 0; i < nr_iov; i++)
+        left += iov[i].iov_len;
+    return left;
+}
+
+// How many bytes wake a reader (SO_RCVLOWAT); a kind of socket that knows no such thing wakes it for any.
+static void set_low_water(int fd, size_t size_bytes, size_t *low_water)
+{
+    int value = (int)size_bytes;
+
+    if (size_bytes != *low_water)
+        setsockopt(fd, SOL_SOCKET, SO_RCVLOWAT, &value, sizeof(value));
+    *low_water = size_bytes;
+}
+
+// Wait for a good part of what is left, not for each packet of it: on a busy host every waking costs more than its
+// packet. When the time is up, less may have come all the same: a slow peer is not a dead one.
+static int wait_for_bytes(const struct link *link, size_t left, size_t *low_water)
+{
+    size_t want = left < LOW_WATER_BYTES ? left : LOW_WATER_BYTES;
+
+    set_low_water(link->fd, left > SMALL_BYTES ? want : 1, low_water);
+    int rc = wait_ready(link->fd, POLLIN, link->abort_fd, link->timeout_ms);
+    if (rc == -ETIMEDOUT && *low_water > 1) {
+        struct pollfd poller = {.fd = link->fd, .events = POLLIN};
+        set_low_water(link->fd, 1, low_water);
+        if (poll(&poller, 1, 0) > 0)
+            return 0;
+    }
+    return rc;
+}
+
 static int recv_all(const struct link *link, struct iovec *iov, size_t nr_iov)
 {
-    while (nr_iov) {
+    size_t low_water = 1;
+    int rc = 0;
+
+    while (nr_iov && !rc) {
         struct msghdr message = {.msg_iov = iov, .msg_iovlen = nr_iov};
         ssize_t got = recvmsg(link->fd, &message, MSG_DONTWAIT);
-        if (got > 0) {
+        if (got > 0)
             iov = advance(iov, &nr_iov, (size_t)got);
-        } else if (got == 0) {
-            return -ECONNRESET;
-        } else if (errno == EAGAIN) {
-            int rc = wait_ready(link->fd, POLLIN, link->abort_fd, link->timeout_ms);
-            if (rc)
-                return rc;
-        } else if (errno != EINTR) {
-            return -errno;
-        }
+        else if (got == 0)
+            rc = -ECONNRESET;
+        else if (errno == EAGAIN)
+            rc = wait_for_bytes(link, bytes_left(iov, nr_iov), &low_water);
+        else if (errno != EINTR)
+            rc = -errno;
     }
-    return 0;
+    // Whoever reads the socket next may wait for less.
+    set_low_water(link->fd, 1, &low_water);
+    return rc;
 }
 
 int kmig_stream_send(int fd, const void *data, uint64_t size_bytes, int abort_fd, int64_t timeout_ms)

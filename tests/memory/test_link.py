@@ -174,6 +174,27 @@ def test_send_and_recv_carry_every_byte_once() -> None:
     assert sent == [0] and bytes(ffi.buffer(buffer)) == data
 
 
+def test_a_peer_that_trickles_is_no_timeout_for_the_receiver() -> None:
+    """The receiver sleeps until a good part has come; what comes in small bits must count as progress all the same."""
+    data = os.urandom(300_000)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        ours, theirs = socket.create_connection(listener.getsockname()), listener.accept()[0]
+
+    def trickle() -> None:
+        for at in range(0, len(data), 30_000):
+            ours.sendall(data[at : at + 30_000])
+            time.sleep(0.06)
+
+    with ours, theirs:
+        thread = threading.Thread(target=trickle)
+        thread.start()
+        buffer = ffi.new("uint8_t[]", len(data))
+        rc = lib.kmig_stream_recv(theirs.fileno(), buffer, len(data), -1, 200)
+        thread.join()
+        assert rc == 0 and bytes(ffi.buffer(buffer)) == data
+        assert theirs.getsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT) == 1
+
+
 def capped_rate(source: GuestMemory, bandwidth: int) -> float:
     """How many times ``bandwidth`` a capped first round really took."""
     ours, theirs = socket.socketpair()
