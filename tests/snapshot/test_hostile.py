@@ -105,7 +105,7 @@ LIES: dict[str, tuple[Change, str]] = {
     "two hellos": (doubling(HELLO), "CONFIG"),
     "two indexes": (doubling(INDEX), "MEMORY_INDEX"),
     "two ends": (doubling(END), "bytes follow END"),
-    "hashes twice": (doubling(HASHES), "hashes"),
+    "hashes twice": (doubling(HASHES), "do not follow"),
     "config before hello": (swapping(HELLO, CONFIG), "HELLO"),
     "section after the index": (swapping(SERIAL0, INDEX), "MEMORY_INDEX"),
     "section twice": (doubling(CPU0), "cpu0 comes twice"),
@@ -140,11 +140,11 @@ LIES: dict[str, tuple[Change, str]] = {
     "more pages with data than pages": (setting(INDEX, "nr_hashed", 1 << 40), "pages hold data"),
     "digest of text": (setting(INDEX, "digest", "0"), "digest"),
     "hashes of a slot that is not there": (setting(HASHES, "slot", 1), "slot"),
-    "hashes that leave a gap": (setting(HASHES, "first_chunk", 1), "hashes"),
-    "hashes of half a word": (setting(HASHES, "hashes", b"1234"), "hashes"),
-    "hashes past the slot": (setting(HASHES, "hashes", bytes(8 * 33)), "hashes"),
+    "hashes that leave a gap": (lambda frames: frames[HASHES].value.update(first_chunk=1, hashes=bytes(8 * 31)), "do not follow"),
+    "hashes of half a word": (setting(HASHES, "hashes", b"1234"), "do not follow"),
+    "hashes past the slot": (setting(HASHES, "hashes", bytes(8 * 33)), "do not follow"),
     "too few hashes": (setting(HASHES, "hashes", bytes(8 * 31)), "hashes are missing"),
-    "no hash at all": (setting(HASHES, "hashes", b""), "hashes"),
+    "no hash at all": (setting(HASHES, "hashes", b""), "do not follow"),
 }
 
 
