@@ -5,6 +5,7 @@ A VM called NAME owns three files, all in one directory of mode 0700::
     NAME.lock      held by flock(2) for as long as the process lives: the lock, not the file, is the claim
     NAME.sock      the QMP socket, mode 0600
     NAME.journal   who owns a guest that is changing hands; outlives the process when that is in doubt
+                   (.NAME.journal.tmp while it is being written)
 
 A killed process leaves its files behind but not its lock, so that the next claim of the name, or the next
 ``kvmigrate list``, cleans up after it.
@@ -95,6 +96,7 @@ def claim(name: str) -> Claim:
     while held.lock_fd < 0:
         held.lock_fd = _try_lock(held.lock_path)
     held.socket_path.unlink(missing_ok=True)
+    (held.directory / f".{name}.journal.tmp").unlink(missing_ok=True)
     return held
 
 

@@ -89,6 +89,7 @@ import os, sys
 from kvmigrate.control import runtime
 held = runtime.claim("dead")
 held.socket_path.write_text("")
+(held.directory / ".dead.journal.tmp").write_text("")
 print("ready", flush=True)
 sys.stdin.read()
 """
