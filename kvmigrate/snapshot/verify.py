@@ -121,8 +121,8 @@ class _Check:
             return
         try:
             status = os.fstat(fd)
-            if not stat.S_ISREG(status.st_mode) or status.st_size == 0:
-                self._tell(name, 0, "is empty, or no regular file")
+            if not stat.S_ISREG(status.st_mode):
+                self._tell(name, 0, "is no regular file")
                 return
             self._nr_bytes += status.st_blocks * 512
             check(Bytes(fd))

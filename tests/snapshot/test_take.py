@@ -189,6 +189,15 @@ def test_result_as_json_adds_up(tmp_path: Path) -> None:
     assert [record["round"] for record in value["rounds"]] == list(range(len(value["rounds"])))
 
 
+@ALL
+def test_guest_of_zeros_is_a_good_snapshot(tmp_path: Path, parameters: SnapshotParameters) -> None:
+    with guest() as machine:
+        take(machine, tmp_path / "s", parameters)
+    assert verify(tmp_path / "s").findings == ()
+    with restored(tmp_path / "s") as copy:
+        assert copy.machine.memory.resident_pages() == 0
+
+
 def test_files_are_for_their_owner_alone(tmp_path: Path) -> None:
     with guest() as machine:
         take(machine, tmp_path / "s", RAW)
