@@ -33,7 +33,9 @@ def save_vcpu(vcpu: Vcpu) -> dict[str, Value]:
     Order, which no reader of the body depends on, but what it holds does:
 
     1. MP_STATE: reading it takes a pending INIT or SIPI, which changes registers and the local APIC [fc].
-    2. Registers, XSAVE, LAPIC, MSRs, in any order among themselves.
+    2. MSRs before the LAPIC: a deadline timer that fires in between is then saved as armed and due, and raised, and the
+       guest sees one interrupt too many; the other way round it would be in neither and the guest might wait for ever
+       (Firecracker #4618). Registers and XSAVE at any time.
     3. VCPU_EVENTS last: the other reads may change what is pending [fc].
     """
     body: dict[str, Value] = {"id": vcpu.id, "mp_state": vcpu.get_mp_state()}
@@ -43,6 +45,7 @@ def save_vcpu(vcpu: Vcpu) -> dict[str, Value]:
     body["xsave"] = vcpu.get_xsave()
     body["xcrs"] = trim_xcrs(vcpu.get_xcrs())
     body["debugregs"] = vcpu.get_debugregs()
+    body["msrs"] = save_msrs(vcpu)
     body["lapic"] = vcpu.get_lapic()
     if vcpu.host.nested_state_bytes:
         body["nested_state"] = vcpu.get_nested_state(vcpu.host.nested_state_bytes)
@@ -50,7 +53,6 @@ def save_vcpu(vcpu: Vcpu) -> dict[str, Value]:
     if vcpu.has_tsc_offset():
         body["tsc_offset"] = vcpu.get_tsc_offset()
     body["cpuid"] = vcpu.cpuid
-    body["msrs"] = save_msrs(vcpu)
     body["vcpu_events"] = vcpu.get_vcpu_events()
     return body
 

@@ -53,7 +53,6 @@ class Platform:
         vm.set_identity_map_addr()
         vm.create_irqchip()
         vm.create_pit()
-        _enable_event_caps(vm)
         self.memory.attach(vm.fd)
         for vcpu_id, table in enumerate(cpuid):
             # CPUID comes before any access to an MSR: since Linux 6.13 MSRs that CPUID does not announce read as 0.
@@ -97,11 +96,3 @@ class Platform:
         """Give everything back, memory last: no vCPU may run any more. Idempotent."""
         while self._closers:
             self._closers.pop()()
-
-
-def _enable_event_caps(vm: Vm) -> None:
-    """Let KVM_GET_VCPU_EVENTS tell a pending exception's payload (CR2, DR6) apart and a pending triple fault at all;
-    without them both are lost in a save (KVM api.rst, KVM_CAP_EXCEPTION_PAYLOAD, KVM_CAP_X86_TRIPLE_FAULT_EVENT)."""
-    for capability in (lib.KVM_CAP_EXCEPTION_PAYLOAD, lib.KVM_CAP_X86_TRIPLE_FAULT_EVENT):
-        if vm.check_extension(capability):
-            vm.enable_cap(capability, 1)
