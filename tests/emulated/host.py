@@ -10,7 +10,7 @@ from pathlib import Path
 
 MEMORY = "3G"
 CPUS = "2"
-APPEND = "console=ttyS0 loglevel=6 panic=-1 mitigations=off random.trust_cpu=on rdinit=/init"
+APPEND = "console=ttyS0 quiet panic=-1 mitigations=off random.trust_cpu=on rdinit=/init"
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
@@ -35,20 +33,10 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     return run(command, tmp_path_factory.mktemp("host"), TIMEOUT_S)
 
 
-def test_the_host_ran_kvm_amd_to_the_end(outcome: Outcome) -> None:
-    assert re.search(r"SVM: kvm: Nested Paging enabled", outcome.console), outcome.console[-4000:]
-    assert outcome.status is not None, outcome.console[-4000:]
-
-
 def test_every_selected_test_passes_on_kvm_amd(outcome: Outcome) -> None:
-    assert outcome.status == 0, outcome.console[-12000:]
+    assert outcome.status == 0, outcome.console[-12000:]  # None: the host never came to its end
     suite = ElementTree.fromstring(outcome.sent).find("testsuite")
     assert suite is not None
     cases = [f"{case.get('classname')}::{case.get('name')}" for case in suite.iter("testcase")]
     assert len(cases) >= LEAST_TESTS, cases
     assert [suite.get(kind) for kind in ("errors", "failures", "skipped")] == ["0", "0", "0"]
-
-
-def test_a_failure_inside_is_a_failure_outside(tmp_path: Path) -> None:
-    failed = run("sh -c 'exit 3'", tmp_path, 300)
-    assert failed.status == 3, failed.console[-2000:]
