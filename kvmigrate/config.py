@@ -15,6 +15,7 @@ _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(us|ms|s|min|m)?")
 _UNIT_BYTES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _UNIT_MS = {None: 1.0, "us": 0.001, "ms": 1.0, "s": 1000.0, "m": 60000.0, "min": 60000.0}
 MAX_CPUS = 64
+MIN_MEMORY_BYTES = 1 << 20
 MAX_MEMORY_BYTES = 1 << 40
 
 
@@ -125,7 +126,7 @@ class MachineConfig:
     def __post_init__(self) -> None:
         if not NAME_PATTERN.fullmatch(self.name):
             raise ConfigError(f"{self.name!r} is not a name: use letters, digits, dot, dash and underscore, at most 63")
-        if self.memory_bytes % PAGE_BYTES or not PAGE_BYTES * 256 <= self.memory_bytes <= MAX_MEMORY_BYTES:
+        if self.memory_bytes % PAGE_BYTES or not MIN_MEMORY_BYTES <= self.memory_bytes <= MAX_MEMORY_BYTES:
             raise ConfigError(
                 f"{self.memory_bytes} bytes of memory cannot be had: take a multiple of 4096 from 1M to 1T"
             )

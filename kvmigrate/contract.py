@@ -50,6 +50,11 @@ class Migratable(Protocol):
         ``memory_bytes``, ``slots`` (a list of [id, base_gfn, nr_pages]) and whatever else the builder reads."""
         ...
 
+    def rehearse(self) -> None:
+        """Do once, on something that is thrown away, what :meth:`save` and :meth:`load` will do in the blackout: the
+        first time takes twice as long as the second. The guest may run meanwhile and notices nothing."""
+        ...
+
     def pause(self, reason: RunState) -> None:
         """Stop every vCPU, with no half-done I/O left in the kernel, and enter ``reason``. Idempotent."""
         ...

@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from ..config import MAX_CPUS, MAX_MEMORY_BYTES, MachineConfig
+from ..config import MAX_CPUS, MAX_MEMORY_BYTES, MIN_MEMORY_BYTES, MachineConfig
 from ..errors import BadField, ConfigError, RestoreRefused
 from ..memory.layout import slots_for
 from ..state.section import Fields, Value
@@ -83,7 +83,7 @@ class Description:
         description = cls(
             name=fields.text("name", 63),
             uuid=fields.text("uuid", 64),
-            memory_bytes=fields.integer("memory_bytes", 1 << 20, MAX_MEMORY_BYTES),
+            memory_bytes=fields.integer("memory_bytes", MIN_MEMORY_BYTES, MAX_MEMORY_BYTES),
             cpuid=tuple(_cpuid_table(table) for table in fields.sequence("cpuid", MAX_CPUS)),
             tsc_khz=fields.integer("tsc_khz", 0, 1 << 32),
             devices=_devices(fields.mapping("devices")),

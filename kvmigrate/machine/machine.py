@@ -7,16 +7,17 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 
 from ..boot import load_boot
-from ..config import MachineConfig
+from ..config import MIN_MEMORY_BYTES, MachineConfig
 from ..contract import RunState
 from ..devices.end import CRASH, GuestEnd
 from ..errors import ConfigError, StateError
 from ..kvm.cpuid import compare_cpuid, guest_cpuid
 from ..kvm.system import System
+from ..kvm.vcpu_state import prepare
 from ..memory.dirty import DirtyLog, LogMode
 from ..memory.region import GuestMemory
 from ..state.fidelity import Fidelity
-from ..state.section import Section, Value, pack
+from ..state.section import Section, Value, decode, encode, pack
 from .cpus import PAUSE_TIMEOUT_MS, CpuThreads
 from .description import Description
 from .entry import set_entry
@@ -116,6 +117,9 @@ class Machine:
 
     def start(self) -> None:
         """Start the vCPUs' threads, parked. Idempotent."""
+        for vcpu in self.platform.vm.vcpus:
+            # Which MSRs can be read takes long to find out: now, not when the guest waits.
+            prepare(vcpu)
         self.cpus.start()
 
     def pause(self, reason: RunState = RunState.PAUSED) -> None:
@@ -138,6 +142,14 @@ class Machine:
             vcpu.kvmclock_ctrl()
         self.cpus.start()
         self.platform.vm.group.resume()
+
+    def rehearse(self) -> None:
+        """See :meth:`Migratable.rehearse`: on a machine of the same vCPUs and hardly any memory."""
+        scratch = Platform(MIN_MEMORY_BYTES, self.description.cpuid, "null", lambda _: None)
+        try:
+            load_sections(scratch, [decode(encode(section)) for section in save_sections(scratch)])
+        finally:
+            scratch.close()
 
     def save(self) -> list[Section]:
         """See :meth:`Migratable.save`."""

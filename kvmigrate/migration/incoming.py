@@ -97,6 +97,7 @@ class Incoming:
             raise BadField("CONFIG: expected a map")
         self._check_identity(description)
         self.machine = self._builder(description)
+        self.machine.rehearse()
         self.custody = self._take_custody()
         rehearse()
         self._channel.send(FrameKind.ACCEPT, {})

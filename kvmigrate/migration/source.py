@@ -158,6 +158,7 @@ class Source:
         if (back.uuid, back.epoch) != (hello.uuid, hello.epoch):
             raise BadField(f"{channel.peer} answers for another guest ({back.uuid}): is it an old connection?")
         channel.send(FrameKind.CONFIG, self._config)
+        self._machine.rehearse()
         build_ms = self._machine.memory.size_bytes / (1 << 30) * BUILD_MS_PER_GIB
         wire.expect_empty(expect(channel, FrameKind.ACCEPT, timeout_ms + build_ms).payload, FrameKind.ACCEPT)
         return channel
