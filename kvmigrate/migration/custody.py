@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import replace
 from enum import Enum
 
 from ..errors import HostError, MigrationError
@@ -37,7 +36,6 @@ class Custody:
         """The source knows the decision: nobody needs the journal or the answers any more."""
         # The decision to run is preceded by a journal that says it has not run: whoever finds that one may say so.
         journal.write(record)
-        journal.stage(replace(record, state=Entry.COMMITTED))
 
     @property
     def state(self) -> State:
@@ -50,7 +48,7 @@ class Custody:
             if self._state is not Custody.State.HELD:
                 raise MigrationError(f"the guest was given up here before COMMIT came: {self._why}")
             try:
-                self._journal.publish()
+                self._journal.advance(Entry.COMMITTED)
             except HostError as error:
                 self._discard(str(error))
                 raise
