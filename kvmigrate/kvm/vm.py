@@ -9,7 +9,7 @@ from .._core import ffi, lib
 from ..errors import HostError, check
 from ..state.section import Value
 from .host import Host
-from .structs import layout
+from .structs import Layout, layout
 from .vcpu import Vcpu, VcpuGroup
 
 PIC_MASTER: int = lib.KVM_IRQCHIP_PIC_MASTER
@@ -21,6 +21,11 @@ TSS_ADDR = 0xFFFBD000
 """Three pages for KVM_SET_TSS_ADDR, under the firmware's place, where no RAM of ours lies (KVM api.rst)."""
 IDENTITY_MAP_ADDR = 0xFFFBC000
 """One page for KVM_SET_IDENTITY_MAP_ADDR, right below."""
+
+
+def chip_layout(chip_id: int) -> Layout:
+    """How the struct of one of the in-kernel chips lies in memory."""
+    return layout(_CHIP_LAYOUT[chip_id])
 
 
 class Vm:
@@ -137,13 +142,20 @@ class Vm:
 
     def get_irqchip(self, chip_id: int) -> dict[str, Value]:
         """One of the in-kernel chips: PIC_MASTER, PIC_SLAVE or IOAPIC."""
-        chip = ffi.new("struct kvm_irqchip *", {"chip_id": chip_id})
-        check(lib.kmig_ioctl(self.fd, lib.KVM_GET_IRQCHIP, chip), f"KVM_GET_IRQCHIP {chip_id}")
-        return layout(_CHIP_LAYOUT[chip_id]).unpack(ffi.buffer(ffi.addressof(chip.chip)))
+        return chip_layout(chip_id).unpack(self.get_irqchip_packed(chip_id))
 
     def set_irqchip(self, chip_id: int, value: Value) -> None:
         """Set one of the in-kernel chips."""
-        packed = layout(_CHIP_LAYOUT[chip_id]).pack(value, f"irqchip{chip_id}")
+        self.set_irqchip_packed(chip_id, chip_layout(chip_id).pack(value, f"irqchip{chip_id}"))
+
+    def get_irqchip_packed(self, chip_id: int) -> bytes:
+        """One of the chips as the bytes of its struct."""
+        chip = ffi.new("struct kvm_irqchip *", {"chip_id": chip_id})
+        check(lib.kmig_ioctl(self.fd, lib.KVM_GET_IRQCHIP, chip), f"KVM_GET_IRQCHIP {chip_id}")
+        return bytes(ffi.buffer(ffi.addressof(chip.chip), chip_layout(chip_id).size_bytes))
+
+    def set_irqchip_packed(self, chip_id: int, packed: bytes) -> None:
+        """Set one of the chips from bytes that its layout made."""
         chip = ffi.new("struct kvm_irqchip *", {"chip_id": chip_id})
         ffi.memmove(ffi.addressof(chip.chip), packed, len(packed))
         check(lib.kmig_ioctl(self.fd, lib.KVM_SET_IRQCHIP, chip), f"KVM_SET_IRQCHIP {chip_id}")

@@ -11,10 +11,9 @@ from ..state.section import Fields, Value
 from .clock import ParsedClock, load_clock, parse_clock, save_clock
 from .structs import layout
 from .vcpu_state import load_vcpu, parse_vcpu, save_vcpu
-from .vm import IOAPIC, PIC_MASTER, PIC_SLAVE, Vm
+from .vm import IOAPIC, PIC_MASTER, PIC_SLAVE, Vm, chip_layout
 
 CHIPS = {"pic_master": PIC_MASTER, "pic_slave": PIC_SLAVE, "ioapic": IOAPIC}
-_CHIP_STRUCTS = {"pic_master": "pic_state", "pic_slave": "pic_state", "ioapic": "ioapic_state"}
 
 
 def save_vm(vm: Vm) -> dict[str, Value]:
@@ -47,9 +46,9 @@ class ParsedVm:
         self.clock: ParsedClock = parse_clock(fields, "vm")
         self.pit2: Mapping[str, Value] = fields.mapping("pit2")
         layout("pit_state2").pack(self.pit2, "vm.pit2")
-        self.chips: dict[str, Mapping[str, Value]] = {name: fields.mapping(name) for name in CHIPS}
-        for name, chip in self.chips.items():
-            layout(_CHIP_STRUCTS[name]).pack(chip, f"vm.{name}")
+        self.chips: dict[str, bytes] = {
+            name: chip_layout(chip).pack(fields.mapping(name), f"vm.{name}") for name, chip in CHIPS.items()
+        }
         fields.done()
 
 
@@ -81,8 +80,12 @@ def load_chips(vm: Vm, parsed: ParsedVm, fidelity: Fidelity) -> None:
     """Steps 3 and 4 of :func:`load_state`."""
     for name, chip in CHIPS.items():
         saved = parsed.chips[name]
-        if _set(name, partial(vm.set_irqchip, chip, saved), fidelity):
-            _compare(name, saved, vm.get_irqchip(chip), fidelity)
+        if _set(name, partial(vm.set_irqchip_packed, chip, saved), fidelity):
+            held = vm.get_irqchip_packed(chip)
+            if held == saved:
+                fidelity.exact(name)
+            else:
+                fidelity.compare(name, chip_layout(chip).unpack(saved), chip_layout(chip).unpack(held))
     if _set("pit2", partial(vm.set_pit2, parsed.pit2), fidelity):
         _compare_pit(parsed.pit2, vm.get_pit2(), fidelity)
 

@@ -89,6 +89,8 @@ class Machine:
         try:
             description.require_devices(machine.description.devices)
             description.require_tsc(machine.platform.tsc_khz, machine.platform.can_scale_tsc)
+            # Parked threads now, so that none has to be started while the guest waits.
+            machine.start()
         except BaseException:
             machine.close()
             raise
