@@ -24,12 +24,15 @@ class IncomingJob(Job):
     ) -> None:
         super().__init__(str(listener.address))
         self.arrived: Arrived | None = None
-        self._destination = Destination(
-            listener, builder, journal_dir, name, MigrationEvents(emit), autostart=not paused
-        )
+        self._events = MigrationEvents(emit)
+        self._destination = Destination(listener, builder, journal_dir, name, self._events, autostart=not paused)
 
     def work(self) -> None:
         self.arrived = self._destination.run()
+
+    def tell_end(self) -> None:
+        """See :meth:`Job.tell_end`."""
+        self._events.tell_end()
 
     def cancel(self, reason: KvmigrateError | None = None) -> None:
         """See :meth:`Job.cancel`."""

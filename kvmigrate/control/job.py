@@ -34,12 +34,12 @@ class Job:
         self.target = target
         self.error: BaseException | None = None
         self._status = ACTIVE
+        self._over = threading.Event()
 
     def start(self, ended: Callable[[Job], None]) -> None:
         """Begin; ``ended`` is called from the job's thread when it is over."""
         # A daemon: a job that hangs must not keep the process from ending.
-        self._thread = threading.Thread(target=self._run, args=(ended,), name=self.kind, daemon=True)
-        self._thread.start()
+        threading.Thread(target=self._run, args=(ended,), name=self.kind, daemon=True).start()
 
     def _run(self, ended: Callable[[Job], None]) -> None:
         try:
@@ -50,7 +50,13 @@ class Job:
             self._status = CANCELLED if isinstance(error, Cancelled) else FAILED
             if not isinstance(error, KvmigrateError) and os.environ.get("KVMIGRATE_TRACEBACK"):
                 traceback.print_exc(file=sys.stderr)
+        # Over comes before anybody is told: who hears of the end may start the next job at once.
+        self._over.set()
+        self.tell_end()
         ended(self)
+
+    def tell_end(self) -> None:
+        """Send the event of the end."""
 
     def work(self) -> None:
         """Do it all. An exception is its failure."""
@@ -74,12 +80,11 @@ class Job:
 
     @property
     def alive(self) -> bool:
-        return self._thread.is_alive()
+        return not self._over.is_set()
 
     def wait(self, timeout_s: float) -> bool:
-        """Whether the thread is over within ``timeout_s``."""
-        self._thread.join(timeout_s)
-        return not self._thread.is_alive()
+        """Whether it is over within ``timeout_s``."""
+        return self._over.wait(timeout_s)
 
     def progress(self) -> ProgressView | None:
         """How far it is; None before there is anything to see."""
@@ -128,12 +133,12 @@ class SnapshotJob(Job):
     def work(self) -> None:
         """Take the snapshot; see :func:`save.take`."""
         self._emit("X_KVMIGRATE_SNAPSHOT", {"status": ACTIVE})
-        try:
-            self._result = save.take(self._machine, self._directory, self._parameters, self, self._abort_fd)
-            self._emit("X_KVMIGRATE_SNAPSHOT", {"status": COMPLETED})
-        except BaseException as error:
-            self._emit("X_KVMIGRATE_SNAPSHOT", {"status": FAILED, "error-desc": describe(error)})
-            raise
+        self._result = save.take(self._machine, self._directory, self._parameters, self, self._abort_fd)
+
+    def tell_end(self) -> None:
+        """See :meth:`Job.tell_end`."""
+        why = {} if self.error is None else {"error-desc": describe(self.error)}
+        self._emit("X_KVMIGRATE_SNAPSHOT", {"status": self.status, **why})
 
     def cancel(self, reason: KvmigrateError | None = None) -> None:
         """See :meth:`Job.cancel`."""

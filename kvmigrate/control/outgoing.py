@@ -10,21 +10,35 @@ from ..config import Address, MigrationParameters
 from ..contract import Migratable
 from ..errors import KvmigrateError
 from ..migration.source import Source
-from ..migration.status import Status
+from ..migration.status import MigrationResult, Status
 from ..precopy.ledger import RoundRecord
 from ..precopy.progress import ProgressView
 from ..state.section import Value
 from .job import Emit, Job
 
+ENDS = frozenset({Status.COMPLETED, Status.FAILED, Status.CANCELLED})
+
 
 class MigrationEvents:
-    """Makes QEMU's events of what a migration tells its observer, in the migration's own thread."""
+    """Makes QEMU's events of what a migration tells its observer, in the migration's own thread.
+
+    The word of its end is kept for :meth:`tell_end`: the source is still putting its things away when it says it.
+    """
 
     def __init__(self, emit: Emit) -> None:
         self._emit = emit
+        self._end = Status.NONE
 
     def status(self, word: Status) -> None:
-        self._emit("MIGRATION", {"status": word.value})
+        if word in ENDS:
+            self._end = word
+        else:
+            self._emit("MIGRATION", {"status": word.value})
+
+    def tell_end(self) -> None:
+        """Now it is over."""
+        if self._end is not Status.NONE:
+            self._emit("MIGRATION", {"status": self._end.value})
 
     def round_done(self, record: RoundRecord) -> None:
         self._emit("MIGRATION_PASS", {"pass": record.round + 1})
@@ -47,10 +61,23 @@ class MigrationJob(Job):
         emit: Emit,
     ) -> None:
         super().__init__(str(address))
-        self._source = Source(machine, address, parameters, journal_dir, MigrationEvents(emit))
+        self._events = MigrationEvents(emit)
+        self._source = Source(machine, address, parameters, journal_dir, self._events)
+        self._last = MigrationResult(Status.SETUP)
 
     def work(self) -> None:
         self._source.run()
+
+    def tell_end(self) -> None:
+        """See :meth:`Job.tell_end`."""
+        self._events.tell_end()
+
+    def _query(self) -> MigrationResult:
+        """How far it is; that it has ended is told only when the next one may begin."""
+        found = self._source.query()
+        if found.status not in ENDS or not self.alive:
+            self._last = found
+        return self._last
 
     def cancel(self, reason: KvmigrateError | None = None) -> None:
         """See :meth:`Job.cancel`."""
@@ -62,11 +89,11 @@ class MigrationJob(Job):
 
     @property
     def status(self) -> str:
-        return self._source.query().status.value
+        return self._query().status.value
 
     def progress(self) -> ProgressView | None:
-        return self._source.query().view
+        return self._query().view
 
     def result(self) -> Mapping[str, Any]:
-        value: Mapping[str, Any] = self._source.query().to_value()
+        value: Mapping[str, Any] = self._query().to_value()
         return value

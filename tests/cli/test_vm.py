@@ -140,6 +140,16 @@ def test_several_processes_live_side_by_side(host: Host) -> None:
         assert [vm["name"] for vm in host("list", "--json").json["vms"]] == ["b"]
 
 
+async def _fail_quietly(client: QMPClient) -> None:
+    """A migration to nowhere; without the capability ``events`` it is told to those who ask alone, as by QEMU."""
+    with client.listener(("MIGRATION", "MIGRATION_PASS")) as listener:
+        await client.execute("migrate", {"uri": "tcp:127.0.0.1:1"})
+        while (info := await client.execute("query-migrate"))["status"] != "failed":
+            await asyncio.sleep(0.05)
+        assert "Connection refused" in info["error-desc"]
+        assert listener.empty()
+
+
 async def _script_for_qemu(socket: Path, uri: str) -> list[str]:
     """Moves a guest as one would move QEMU's, with QEMU's own library. Returns the statuses that were told."""
     client = QMPClient("script")
@@ -150,6 +160,7 @@ async def _script_for_qemu(socket: Path, uri: str) -> list[str]:
     assert len(await client.execute("query-cpus-fast")) == 1
     with pytest.raises(ExecuteError, match="cannot reset a guest"):
         await client.execute("system_reset")
+    await _fail_quietly(client)
     capabilities = [{"capability": "events", "state": True}, {"capability": "multifd", "state": False}]
     await client.execute("migrate-set-capabilities", {"capabilities": capabilities})
     await client.execute("migrate-set-parameters", {"downtime-limit": 500, "max-bandwidth": 1 << 40})
