@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from itertools import chain
 from typing import Any
 
@@ -67,14 +67,29 @@ def _msrs_call(fd: int, request: int, flat_pairs: Iterable[int], nr_entries: int
     return lib.kmig_ioctl(fd, request, buffer), view
 
 
+@lru_cache(64)
+def _empty_table(indices: tuple[int, ...]) -> bytes:
+    """The argument of KVM_GET_MSRS for ``indices``, which are the same ones at every save."""
+    pairs = chain.from_iterable((index, 0) for index in indices)
+    header = bytearray(_MSRS_HEADER)
+    header[:4] = len(indices).to_bytes(4, "little")
+    return bytes(header) + _table(len(indices)).pack(*pairs)
+
+
+def _get_msrs_call(fd: int, indices: tuple[int, ...]) -> tuple[int, Any]:
+    empty = _empty_table(indices)
+    buffer = ffi.new("char[]", empty)
+    return lib.kmig_ioctl(fd, lib.KVM_GET_MSRS, buffer), ffi.buffer(buffer, len(empty))
+
+
 def read_msrs(fd: int, indices: Iterable[int]) -> dict[int, int]:
     """The MSRs of ``indices`` that can be read, in that order. KVM_GET_MSRS stops at the first that cannot, and returns
     how many it read: that one is left out and the rest is read by the next call."""
     found: dict[int, int] = {}
-    left = list(indices)
+    left = tuple(indices)
     while left:
         chunk = left[:_MAX_MSRS_PER_CALL]
-        count, view = _msrs_call(fd, lib.KVM_GET_MSRS, chain.from_iterable((i, 0) for i in chunk), len(chunk))
+        count, view = _get_msrs_call(fd, chunk)
         check(count, "KVM_GET_MSRS")
         values = _table(len(chunk)).unpack_from(view, _MSRS_HEADER)[1::2]
         found.update(zip(chunk[:count], values, strict=False))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 
 from .._core import lib
 from ..errors import BadField
@@ -86,9 +87,15 @@ def parse_msrs(value: Value, where: str) -> dict[int, int]:
 
 def in_write_order(values: Mapping[int, int]) -> dict[int, int]:
     """``values`` without the deferred ones, in the order in which they have to be written."""
+    return {index: values[index] for index in _write_order(tuple(values))}
+
+
+@lru_cache(8)
+def _write_order(indices: tuple[int, ...]) -> tuple[int, ...]:
     edges = {*_FIRST, *_LAST, *DEFERRED}
-    order = [*_FIRST, *(index for index in values if index not in edges), *_LAST]
-    return {index: values[index] for index in order if index in values}
+    there = set(indices)
+    order = [*_FIRST, *(index for index in indices if index not in edges), *_LAST]
+    return tuple(index for index in order if index in there)
 
 
 def load_msrs(vcpu: Vcpu, saved: Mapping[int, int], fidelity: Fidelity, where: str) -> None:
@@ -104,8 +111,7 @@ def compare_msrs(vcpu: Vcpu, wanted: Mapping[int, int], refused: Iterable[int], 
     (a read-only MSR of equal hosts), dropped when it is absent and was at its reset value, else refused."""
     held = vcpu.get_msrs(wanted)
     if held == wanted:
-        for index in wanted:
-            fidelity.exact(f"{where}.{msr_name(index)}")
+        fidelity.all_exact(f"{where}.{msr_name(index)}" for index in wanted)
         return
     for index, value in wanted.items():
         name = f"{where}.{msr_name(index)}"

@@ -37,9 +37,9 @@ class Description:
         """Describe a machine that is made here and now; :meth:`completed` adds the rest."""
         return cls(config.name, str(uuid.uuid4()), config.memory_bytes, cpuid, 0, {})
 
-    def completed(self, devices: Mapping[str, int], tsc_khz: int) -> Description:
-        """With what is known only once the machine exists."""
-        return replace(self, devices=dict(devices), tsc_khz=tsc_khz)
+    def completed(self, devices: Mapping[str, int], tsc_khz: int, cpuid: tuple[CpuidTable, ...]) -> Description:
+        """With what is known only once the machine exists: of CPUID what the kernel made of it."""
+        return replace(self, devices=dict(devices), tsc_khz=tsc_khz, cpuid=cpuid)
 
     def renamed(self, name: str) -> Description:
         return replace(self, name=name)

@@ -40,7 +40,9 @@ class Machine:
         self._runstate = RunStateBox(state)
         self.on_end: Callable[[GuestEnd], None] = lambda _: None
         self.platform = Platform(description.memory_bytes, description.cpuid, serial, self._end_guest)
-        self.description = description.completed(self.platform.device_versions(), self.platform.tsc_khz)
+        self.description = description.completed(
+            self.platform.device_versions(), self.platform.tsc_khz, self.platform.held_cpuid()
+        )
         self._dirty_log = DirtyLog(self.platform.memory, log_mode or self.platform.best_log_mode())
         handler = ExitHandler(self.platform.pio, self.platform.mmio, self._end_guest)
         self.cpus = CpuThreads(self.platform.vm.group, self.platform.vm.vcpus, handler, self._end_guest)

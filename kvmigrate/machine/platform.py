@@ -30,6 +30,7 @@ class Platform:
         serial_spec: str,
         end: Callable[[GuestEnd], None],
     ) -> None:
+        self.cpuid = cpuid
         self._closers: list[Callable[[], None]] = []
         try:
             self.memory = GuestMemory(memory_bytes)
@@ -77,6 +78,10 @@ class Platform:
     def device_versions(self) -> dict[str, int]:
         """The newest section version that each device reads."""
         return {name: device.version for name, device in self.devices.items()}
+
+    def held_cpuid(self) -> tuple[CpuidTable, ...]:
+        """What the kernel made of the CPUID that each vCPU was given."""
+        return tuple(vcpu.cpuid for vcpu in self.vm.vcpus)
 
     @property
     def tsc_khz(self) -> int:

@@ -43,6 +43,9 @@ class Fidelity:
     def exact(self, name: str) -> None:
         self._exact.append(name)
 
+    def all_exact(self, names: Iterable[str]) -> None:
+        self._exact.extend(names)
+
     def adjusted(self, name: str, saved: Value, read_back: Value, why: str) -> None:
         self._other.append(Item(name, Verdict.ADJUSTED, saved, read_back, why))
 

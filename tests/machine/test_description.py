@@ -14,7 +14,7 @@ LEAF = {"function": 1, "index": 0, "flags": 0, "eax": 1, "ebx": 2, "ecx": 3, "ed
 
 
 def good() -> dict[str, Any]:
-    described = Description.new(MachineConfig("guest", 8 << 20), ([LEAF],)).completed({"serial0": 1}, 2_000_000)
+    described = Description.new(MachineConfig("guest", 8 << 20), ([LEAF],)).completed({"serial0": 1}, 2_000_000, ([LEAF],))
     return described.to_value()
 
 
