@@ -42,6 +42,11 @@ class Beat:
     updates: int
 
 
+def _beat(line: bytes, now_ns: int) -> Beat | None:
+    found = _HEARTBEAT.fullmatch(line)
+    return None if found is None else Beat(now_ns, int(found[1]), int(found[3]))
+
+
 class Observer:
     """Listens where a guest's serial port connects to, and takes the time of every heartbeat."""
 
@@ -49,6 +54,9 @@ class Observer:
         self.path = path
         self.beats: list[Beat] = []
         self.verdict = ""
+        self.first_line = (0, b"")
+        self.unfinished = b""
+        """The begin of a line that the guest finished elsewhere: it may move between any two bytes."""
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(str(path))
         self._listener.listen(1)
@@ -61,19 +69,24 @@ class Observer:
         except OSError:
             return
         with connection:
-            pending = b""
             while data := connection.recv(1 << 16):
                 now_ns = time.monotonic_ns()
-                *lines, pending = (pending + data).split(b"\n")
+                *lines, self.unfinished = (self.unfinished + data).split(b"\n")
                 for line in lines:
                     self._line(line.strip(), now_ns)
 
     def _line(self, line: bytes, now_ns: int) -> None:
-        beat = _HEARTBEAT.fullmatch(line)
+        if not self.first_line[0]:
+            self.first_line = now_ns, line
+        beat = _beat(line, now_ns)
         if beat is not None:
-            self.beats.append(Beat(now_ns, int(beat[1]), int(beat[3])))
+            self.beats.append(beat)
         elif line.startswith((b"OK", b"BAD")):
             self.verdict = line.decode("ascii", "replace")
+
+    def join(self) -> None:
+        """Wait until all that an ended process sent has been seen."""
+        self._thread.join(WAIT_S)
 
     def close(self) -> None:
         """Stop listening and watching."""
@@ -181,6 +194,12 @@ def _conclude(source: Observer, destination: Observer, statuses: tuple[int, int]
         raise GuestError(f"the guest found its memory changed: {destination.verdict}")
     if statuses != (6, 0):
         raise DemoFailed(f"the processes ended with status {statuses[0]} and {statuses[1]}, not 6 (moved) and 0")
+    source.join()
+    destination.join()
+    if source.unfinished:
+        seen_ns, line = destination.first_line
+        torn = _beat(source.unfinished + line, seen_ns)
+        destination.beats[:0] = [] if torn is None else [torn]
     numbers = [beat.number for beat in source.beats + destination.beats]
     if numbers != list(range(numbers[0], numbers[0] + len(numbers))):
         raise DemoFailed("a heartbeat was lost or came twice")
