@@ -73,7 +73,7 @@ class Observer:
                 now_ns = time.monotonic_ns()
                 *lines, self.unfinished = (self.unfinished + data).split(b"\n")
                 for line in lines:
-                    self._line(line.strip(), now_ns)
+                    self._line(line.rstrip(b"\r"), now_ns)
 
     def _line(self, line: bytes, now_ns: int) -> None:
         if not self.first_line[0]:
@@ -199,7 +199,9 @@ def _conclude(source: Observer, destination: Observer, statuses: tuple[int, int]
     if source.unfinished:
         seen_ns, line = destination.first_line
         torn = _beat(source.unfinished + line, seen_ns)
-        destination.beats[:0] = [] if torn is None else [torn]
+        if torn is None:
+            raise DemoFailed(f"a line was damaged on its way: {(source.unfinished + line).decode('ascii', 'replace')}")
+        destination.beats.insert(0, torn)
     numbers = [beat.number for beat in source.beats + destination.beats]
     if numbers != list(range(numbers[0], numbers[0] + len(numbers))):
         raise DemoFailed("a heartbeat was lost or came twice")
