@@ -28,6 +28,7 @@ from ..errors import BadField, HostError, StreamError
 from ..state.section import Fields
 
 MAX_JOURNAL_BYTES = 64 << 10
+_CREATE = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
 
 
 class Role(StrEnum):
@@ -63,13 +64,19 @@ class Record:
 
 
 class Journal:
-    """The journal of the guest ``name`` in ``directory``; :class:`HostError` where that cannot be read or written."""
+    """The journal of the guest ``name`` in ``directory``; :class:`HostError` where that cannot be read or written.
+
+    Whoever wrote a journal may change and remove it only as long as it is still the one under that name: a guest that
+    moved on has put a newer one there.
+    """
 
     def __init__(self, directory: Path, name: str) -> None:
         self.path = directory / f"{name}.journal"
         self._temporary = directory / f".{name}.journal.tmp"
         self._record: Record | None = None
+        self._fd = -1
         self._staged: Record | None = None
+        self._staged_fd = -1
 
     def write(self, record: Record) -> None:
         """Put ``record`` in place of what is there, whole or not at all."""
@@ -78,14 +85,12 @@ class Journal:
 
     def stage(self, record: Record) -> None:
         """Have ``record`` ready beside the journal, so that all that is left for the blackout is one rename."""
+        self.unstage()
         data = _encode(record)
         try:
-            fd = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-            try:
-                if os.write(fd, data) != len(data):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            finally:
-                os.close(fd)
+            self._staged_fd = os.open(self._temporary, _CREATE, 0o600)
+            if os.write(self._staged_fd, data) != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             self.unstage()
             raise self._refused(error) from None
@@ -98,10 +103,12 @@ class Journal:
         except OSError as error:
             self.unstage()
             raise self._refused(error) from None
-        self._record, self._staged = self._staged, None
+        self._fd = _replace(self._fd, self._staged_fd)
+        self._record, self._staged, self._staged_fd = self._staged, None, -1
 
     def unstage(self) -> None:
         """Forget what is staged. Idempotent."""
+        self._staged_fd = _replace(self._staged_fd, -1)
         self._staged = None
         with suppress(OSError):
             self._temporary.unlink(missing_ok=True)
@@ -109,27 +116,31 @@ class Journal:
     def _refused(self, error: OSError) -> HostError:
         return HostError(f"the journal {self.path}", error.errno or errno.EIO, "can its directory be written to?")
 
+    def _require_ours(self) -> None:
+        if not os.path.samestat(os.stat(self.path), os.fstat(self._fd)):  # noqa: PTH116 (as above)
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
     def advance(self, state: Entry) -> None:
         """The same record in another state, in place."""
         if self._record is None:
             return
         record = replace(self._record, state=state)
         try:
-            fd = os.open(self.path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-            try:
-                os.pwrite(fd, _encode(record), 0)
-            finally:
-                os.close(fd)
+            self._require_ours()
+            os.pwrite(self._fd, _encode(record), 0)
         except OSError as error:
             raise self._refused(error) from None
         self._record = record
 
     def remove(self) -> None:
         """The matter is settled. Idempotent; a journal that cannot be removed is left, which only keeps old news."""
-        self._record = None
         self.unstage()
         with suppress(OSError):
+            if self._fd >= 0:
+                self._require_ours()
             self.path.unlink(missing_ok=True)
+        self._fd = _replace(self._fd, -1)
+        self._record = None
 
     def read(self) -> Record | None:
         """What is there, or None. Raises :class:`StreamError` for a file that is no journal."""
@@ -141,6 +152,13 @@ class Journal:
         except OSError as error:
             raise HostError(f"the journal {self.path}", error.errno or errno.EIO) from None
         return _decode(data, str(self.path))
+
+
+def _replace(fd: int, by: int) -> int:
+    """Close ``fd`` if it is one; returns ``by``."""
+    if fd >= 0:
+        os.close(fd)
+    return by
 
 
 def _encode(record: Record) -> bytes:

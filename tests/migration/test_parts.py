@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,19 @@ def test_a_journal_is_read_as_it_was_written_and_leaves_nothing(tmp_path: Path) 
     journal.stage(RECORD)
     journal.remove()
     journal.remove()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_journal_that_was_replaced_by_a_newer_one_is_neither_changed_nor_removed(tmp_path: Path) -> None:
+    older, newer = Journal(tmp_path, "guest"), Journal(tmp_path, "guest")
+    older.write(RECORD)
+    moved_on = replace(RECORD, role=Role.SOURCE, state=Entry.COMMITTED, epoch=RECORD.epoch + 1)
+    newer.write(moved_on)
+    with pytest.raises(HostError, match=r"guest\.journal"):
+        older.advance(Entry.RUNNING)
+    older.remove()
+    assert newer.read() == moved_on
+    newer.remove()
     assert list(tmp_path.iterdir()) == []
 
 
