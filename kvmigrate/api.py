@@ -96,9 +96,7 @@ def receive(
     return Received(built[0], arrived.fidelity, destination)
 
 
-def take_snapshot(
-    machine: Machine, directory: Path, parameters: SnapshotParameters | None = None
-) -> SnapshotResult:
+def take_snapshot(machine: Machine, directory: Path, parameters: SnapshotParameters | None = None) -> SnapshotResult:
     """Save a machine to ``directory``, which must not exist, while its guest runs; it runs on afterwards, whatever
     happened. (Not called ``snapshot``: that is the package's name.) See :func:`kvmigrate.snapshot.save.take`."""
     return take(machine, directory, parameters or SnapshotParameters())

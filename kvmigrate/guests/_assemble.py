@@ -20,6 +20,7 @@ LINK = ("-m", "elf_x86_64", "-nostdlib", "--build-id=none", "--no-warn-rwx-segme
 
 
 def run(*command: str | Path) -> None:
+    """Run a tool of binutils. Raises :class:`subprocess.CalledProcessError`."""
     subprocess.run([str(word) for word in command], check=True)
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from .._core import lib
 from ..devices import cmos, debug_exit, i8042, port92, poweroff, serial
 from ..devices.backends import Backend, open_backend
 from ..devices.bus import Device, MmioBus, PioBus
 from ..devices.end import GuestEnd
-from ..kvm.system import System
+from ..kvm.system import System, capability
 from ..kvm.vm import Vm
 from ..memory.dirty import LogMode
 from ..memory.region import GuestMemory
@@ -90,11 +89,11 @@ class Platform:
 
     @property
     def can_scale_tsc(self) -> bool:
-        return bool(self.vm.check_extension(lib.KVM_CAP_TSC_CONTROL))
+        return bool(self.vm.check_extension(capability("TSC_CONTROL")))
 
     def best_log_mode(self) -> LogMode:
         """CLEAR where the kernel has manual protection, else GET."""
-        can = self.vm.check_extension(lib.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2)
+        can = self.vm.check_extension(capability("MANUAL_DIRTY_LOG_PROTECT2"))
         return LogMode.CLEAR if can else LogMode.GET
 
     def close(self) -> None:

@@ -160,9 +160,7 @@ class Destination:
             channel.close()
 
     def _take_custody(self, channel: Channel, hello: wire.Hello) -> Custody:
-        record = Record(
-            self._name, hello.uuid, hello.epoch, Role.DESTINATION, Entry.RECEIVING, hello.name, os.getpid()
-        )
+        record = Record(self._name, hello.uuid, hello.epoch, Role.DESTINATION, Entry.RECEIVING, hello.name, os.getpid())
         custody = Custody(self._journal, record)
         self._answering = Answering(self._listener, custody)
         self._answering.start()

@@ -147,9 +147,7 @@ class Source:
         if self._machine.runstate not in (RunState.RUNNING, RunState.PAUSED, RunState.PRELAUNCH):
             raise StateError(self._machine.runstate.value, "running or paused")
         timeout_ms = self._parameters.timeout_ms
-        channel = Channel(
-            connect(self._address, self._abort, timeout_ms), self._abort, timeout_ms, str(self._address)
-        )
+        channel = Channel(connect(self._address, self._abort, timeout_ms), self._abort, timeout_ms, str(self._address))
         self._channel = channel
         features = () if self._parameters.compression.level is None else ("zstd",)
         hello = wire.Hello(wire.FORMAT, features, self._query.uuid, self._query.epoch, self._name)
@@ -183,9 +181,7 @@ class Source:
         self._result = replace(self._result, setup_ms=self._elapsed_ms())
         self._enter(Status.ACTIVE)
         decision = precopy.run()
-        self._result = replace(
-            self._result, why=decision.why, expected_downtime_ms=decision.expected_downtime_ms
-        )
+        self._result = replace(self._result, why=decision.why, expected_downtime_ms=decision.expected_downtime_ms)
         return precopy, sink
 
     def _after_round(self, record: RoundRecord, decision: Decision) -> None:
@@ -347,9 +343,7 @@ class Source:
             self._channel.close_with(FrameKind.FAILED, wire.Failed.of(error).to_value())
 
     def _fail(self, error: BaseException) -> None:
-        self._result = replace(
-            self.query(), error=wire.Failed.of(error).text, total_ms=self._elapsed_ms(), parts=None
-        )
+        self._result = replace(self.query(), error=wire.Failed.of(error).text, total_ms=self._elapsed_ms(), parts=None)
         self._enter(Status.CANCELLED if isinstance(error, Cancelled) else Status.FAILED)
 
     def _stop_log(self) -> None:

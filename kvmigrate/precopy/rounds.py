@@ -183,5 +183,3 @@ class PreCopy:
         self.records.append(record)
         self.progress.leave(record)
         return record
-
-

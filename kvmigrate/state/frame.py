@@ -79,9 +79,7 @@ class FrameHeader:
 
 def encode_header(header: FrameHeader) -> bytes:
     """The 32 bytes of ``header``."""
-    head = HEADER.pack(
-        MAGIC, header.kind, header.flags, header.length, header.checksum, header.sequence, 0
-    )[:28]
+    head = HEADER.pack(MAGIC, header.kind, header.flags, header.length, header.checksum, header.sequence, 0)[:28]
     return head + (xxhash.xxh3_64_intdigest(head) & 0xFFFFFFFF).to_bytes(4, "little")
 
 

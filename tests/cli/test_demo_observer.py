@@ -39,5 +39,5 @@ def test_a_guest_may_move_between_any_two_bytes(tmp_path: Path, cut: int) -> Non
 
 @pytest.mark.parametrize("second", [BEATS[10:], BEATS[31:]], ids=["twice", "lost"])
 def test_a_heartbeat_too_many_or_too_few_fails(tmp_path: Path, second: bytes) -> None:
-    with pytest.raises(DemoFailed, match="lost or came twice|damaged"):
+    with pytest.raises(DemoFailed, match=r"lost or came twice|damaged"):
         conclude(tmp_path, BEATS[:20], second + b"OK\n")

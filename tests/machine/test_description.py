@@ -14,8 +14,8 @@ LEAF = {"function": 1, "index": 0, "flags": 0, "eax": 1, "ebx": 2, "ecx": 3, "ed
 
 
 def good() -> dict[str, Any]:
-    described = Description.new(MachineConfig("guest", 8 << 20), ([LEAF],)).completed({"serial0": 1}, 2_000_000, ([LEAF],))
-    return described.to_value()
+    made = Description.new(MachineConfig("guest", 8 << 20), ([LEAF],))
+    return made.completed({"serial0": 1}, 2_000_000, ([LEAF],)).to_value()
 
 
 def test_a_description_survives_the_wire() -> None:

@@ -56,8 +56,14 @@ class Receiving:
     """A destination in its thread."""
 
     def __init__(
-        self, directory: Path, *, name: str = "dst", in_doubt_ms: float = 1500.0, timeout_ms: float = TIMEOUT_MS,
-        prepare: Callable[[FakeMachine], None] | None = None, listen: Address = LOCAL,
+        self,
+        directory: Path,
+        *,
+        name: str = "dst",
+        in_doubt_ms: float = 1500.0,
+        timeout_ms: float = TIMEOUT_MS,
+        prepare: Callable[[FakeMachine], None] | None = None,
+        listen: Address = LOCAL,
     ) -> None:
         self.machine: FakeMachine | None = None
         self.arrived: Arrived | None = None
@@ -111,23 +117,45 @@ class Outcome:
 
 
 def migrate(
-    machine: FakeMachine, address: Address, directory: Path, *, ask_for_ms: float | None = 3000.0,
-    compression: str = "none", timeout_ms: float = TIMEOUT_MS, watch: Watch | None = None, **parameters: float,
+    machine: FakeMachine,
+    address: Address,
+    directory: Path,
+    *,
+    ask_for_ms: float | None = 3000.0,
+    compression: str = "none",
+    timeout_ms: float = TIMEOUT_MS,
+    watch: Watch | None = None,
+    **parameters: float,
 ) -> Outcome:
     """One whole migration, from this thread."""
     source = make_source(
-        machine, address, directory, ask_for_ms=ask_for_ms, compression=compression, timeout_ms=timeout_ms,
-        watch=watch, **parameters,
+        machine,
+        address,
+        directory,
+        ask_for_ms=ask_for_ms,
+        compression=compression,
+        timeout_ms=timeout_ms,
+        watch=watch,
+        **parameters,
     )
     return run(source)
 
 
 def make_source(
-    machine: FakeMachine, address: Address, directory: Path, *, ask_for_ms: float | None = 3000.0,
-    compression: str = "none", timeout_ms: float = TIMEOUT_MS, watch: Watch | None = None, **parameters: float,
+    machine: FakeMachine,
+    address: Address,
+    directory: Path,
+    *,
+    ask_for_ms: float | None = 3000.0,
+    compression: str = "none",
+    timeout_ms: float = TIMEOUT_MS,
+    watch: Watch | None = None,
+    **parameters: float,
 ) -> Source:
     settings = MigrationParameters(
-        timeout_ms=timeout_ms, compression=Compression.parse(compression), **parameters  # type: ignore[arg-type]
+        timeout_ms=timeout_ms,
+        compression=Compression.parse(compression),
+        **parameters,  # type: ignore[arg-type]
     )
     return Source(machine, address, settings, directory, watch or Watch(), ask_for_ms=ask_for_ms)
 

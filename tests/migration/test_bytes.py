@@ -221,9 +221,7 @@ def test_a_source_that_is_answered_wrongly_resumes_before_commit_and_stays_pause
         assert machine.running != in_doubt, (at, error)
 
 
-def test_the_whole_recording_completes(
-    tmp_path: Path, recording: Recording, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_whole_recording_completes(tmp_path: Path, recording: Recording, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kvmigrate.migration.source.time.time_ns", lambda: EPOCH)
     machine, error = play_to_source(tmp_path, recording, recording.back)
     assert error is None

@@ -132,8 +132,13 @@ def test_a_link_that_dies_as_ready_arrives_brings_the_guest_back(
     [("out", COMMIT, "cut-after"), ("back", RUNNING, "cut"), ("back", RUNNING, "hold"), ("back", RUNNING, "flip")],
 )
 def test_a_lost_running_completes_by_asking(
-    tmp_path: Path, source_machine: FakeMachine, receive: Receive, proxy_to: ProxyTo,
-    direction: str, number: int, action: str,
+    tmp_path: Path,
+    source_machine: FakeMachine,
+    receive: Receive,
+    proxy_to: ProxyTo,
+    direction: str,
+    number: int,
+    action: str,
 ) -> None:
     receiving = receive(timeout_ms=patience_ms(action))
     proxy = proxy_to(receiving, Rule(direction, number, action, at=40))
@@ -190,9 +195,7 @@ def test_a_journal_that_cannot_be_written_is_no_commit(
     assert not receiving.ran
 
 
-def test_a_destination_without_a_journal_refuses_the_guest(
-    tmp_path: Path, source_machine: FakeMachine
-) -> None:
+def test_a_destination_without_a_journal_refuses_the_guest(tmp_path: Path, source_machine: FakeMachine) -> None:
     receiving = Receiving(tmp_path / "missing")
     outcome = migrate(source_machine, receiving.address, tmp_path)
     assert isinstance(outcome.error, PeerFailed)

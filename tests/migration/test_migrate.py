@@ -122,9 +122,7 @@ def test_there_and_back_again(tmp_path: Path, source_machine: FakeMachine, recei
     assert back.machine.memory.read(2 * 4096, 98 * 4096) == before[: 98 * 4096]
 
 
-def test_the_result_has_qemus_names_and_adds_up(
-    tmp_path: Path, source_machine: FakeMachine, receive: Receive
-) -> None:
+def test_the_result_has_qemus_names_and_adds_up(tmp_path: Path, source_machine: FakeMachine, receive: Receive) -> None:
     receiving = receive()
     outcome = migrate(source_machine, receiving.address, tmp_path)
     settled(receiving)
@@ -156,9 +154,7 @@ def test_what_the_observer_is_told(tmp_path: Path, source_machine: FakeMachine, 
     assert receiving.watch.words == [Status.SETUP, Status.ACTIVE, Status.COMPLETED]
 
 
-def test_an_observer_that_raises_decides_nothing(
-    tmp_path: Path, source_machine: FakeMachine, receive: Receive
-) -> None:
+def test_an_observer_that_raises_decides_nothing(tmp_path: Path, source_machine: FakeMachine, receive: Receive) -> None:
     class Broken(Watch):
         def status(self, word: Status) -> None:
             raise RuntimeError(word)
@@ -189,15 +185,18 @@ def test_a_cap_is_kept_with_compression(tmp_path: Path, source_machine: FakeMach
     assert outcome.result.rounds[0].bytes_sent > 250 * 4096
 
 
-def test_not_converged_leaves_the_guest_running_and_says_what_it_needs(
-    tmp_path: Path, receive: Receive
-) -> None:
+def test_not_converged_leaves_the_guest_running_and_says_what_it_needs(tmp_path: Path, receive: Receive) -> None:
     machine = FakeMachine(16 * MIB, running=True)
     machine.fill(4000)
     machine.start_writer(4000, 400_000)
     receiving = receive()
     outcome = migrate(
-        machine, receiving.address, tmp_path, timeout_ms=5000, max_rounds=3, downtime_limit_ms=1,
+        machine,
+        receiving.address,
+        tmp_path,
+        timeout_ms=5000,
+        max_rounds=3,
+        downtime_limit_ms=1,
         bandwidth_bytes_s=20 * MIB,
     )
     assert isinstance(outcome.error, NotConverged)

@@ -48,9 +48,7 @@ def finish(world: World, guest: Process, hops: int) -> None:
         pytest.param(2, "zstd", False, "get", id="two-vcpus-zstd-get-dirty-log"),
     ],
 )
-def test_ping_pong_loses_nothing(
-    world: World, cpus: int, compression: str, unix: bool, log_mode: str
-) -> None:
+def test_ping_pong_loses_nothing(world: World, cpus: int, compression: str, unix: bool, log_mode: str) -> None:
     world.environment["KVMIGRATE_TEST_LOG_MODE"] = log_mode
     hops = QUICK_HOPS if cpus == 1 else QUICK_HOPS // 2
     digests = watch(world)

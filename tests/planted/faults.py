@@ -40,6 +40,7 @@ def _skip(item: str) -> Callable[[], None]:
 
 def _forget_msr() -> None:
     """Leave one MSR out of the save."""
+
     def forgetful(vcpu: Any) -> dict[str, Any]:
         found = dict(save_msrs(vcpu))
         del found["MSR_LSTAR"]

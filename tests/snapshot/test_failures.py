@@ -77,9 +77,7 @@ def test_full_disk_leaves_nothing_and_the_next_snapshot_is_whole(
 
 
 @pytest.mark.parametrize("compression", [RAW.compression, ZSTD.compression], ids=["raw", "zstd"])
-def test_pages_that_were_not_written_stay_pending(
-    machine: Guest, small_disk: Path, compression: Compression
-) -> None:
+def test_pages_that_were_not_written_stay_pending(machine: Guest, small_disk: Path, compression: Compression) -> None:
     (small_disk / "filler").write_bytes(bytes(512 << 10))
     with Staging(small_disk / "s") as staging:
         sink = open_sink(staging, machine.memory, compression)
@@ -210,9 +208,7 @@ def test_missing_and_impossible_parents_are_named(machine: Guest, tmp_path: Path
 
 @THREE
 @pytest.mark.parametrize("where", ["pause", "save"])
-def test_machine_that_fails_runs_on(
-    machine: Guest, tmp_path: Path, parameters: SnapshotParameters, where: str
-) -> None:
+def test_machine_that_fails_runs_on(machine: Guest, tmp_path: Path, parameters: SnapshotParameters, where: str) -> None:
     machine.faults.once = {where: HostError("KVM_GET_REGS", errno.EINVAL)}
     assert "KVM_GET_REGS" in fails(machine, tmp_path / "s", parameters, HostError)
     assert_unharmed(machine, tmp_path)
@@ -306,5 +302,3 @@ def test_leftovers_of_a_killed_process_are_removed_and_those_of_a_living_one_are
     (tmp_path / "s").rename(tmp_path / "kept")
     take(machine, tmp_path / "s", RAW)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["kept", "s"]
-
-

@@ -101,9 +101,7 @@ def test_paused_mode_stops_the_guest_until_the_files_are_flushed(
 ) -> None:
     flushed: list[RunState] = []
     publish = staging.Staging.publish
-    monkeypatch.setattr(
-        staging.Staging, "publish", lambda self: (flushed.append(machine.runstate), publish(self))[1]
-    )
+    monkeypatch.setattr(staging.Staging, "publish", lambda self: (flushed.append(machine.runstate), publish(self))[1])
     with guest() as machine:
         machine.fill(100)
         result = take(machine, tmp_path / "s", PAUSED)

@@ -25,10 +25,11 @@ ROWS: dict[str, tuple[int, set[str] | None]] = {
     "snapshot": (7, {"_core", "memory", "state", "contract", "precopy"}),
     "control": (8, EVERYTHING),
     "cli": (9, EVERYTHING),
+    "api": (9, EVERYTHING),
     "__init__": (9, EVERYTHING),
     "__main__": (9, {"cli"}),
 }
-SAME_ROW = {("config", "errors"), ("__main__", "cli")}
+SAME_ROW = {("config", "errors"), ("__init__", "api"), ("__main__", "cli")}
 
 
 def part_of(module: str) -> str:
