@@ -6,6 +6,7 @@
     .intel_syntax noprefix
 
 #define MAX_BACKLOG_MS  50              // work missed for longer than this is not made up for
+#define UPDATES_AT_ONCE 256             // with rate=0, between two looks at the clock
 #define MAX_TICK_GAP_MS 1000
 #define CHECK_STATE_EVERY 16            // heartbeats
 
@@ -81,7 +82,11 @@ timed_work:
     call update_and_check
     jmp 1b
 work:
-    call update_and_check
+    push UPDATES_AT_ONCE
+2:  call update_and_check
+    dec qword ptr [rsp]
+    jnz 2b
+    pop rax
     jmp main_loop
 
 update_and_check:

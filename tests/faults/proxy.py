@@ -1,7 +1,7 @@
 """A TCP proxy between source and destination that knows where frames begin, and strikes at a chosen one.
 
 It listens where the source believes the destination to be. A :class:`Strike` names a kind of frame (which also says
-the direction) and what happens when the first of that kind comes by: before it is passed on, or after.
+the direction) and what happens when it comes by, before it is passed on.
 """
 
 from __future__ import annotations
@@ -33,16 +33,18 @@ class Action(Enum):
 
 @dataclass
 class Strike:
-    """At the first frame of ``kind``. ``after``: once it has been passed on. ``call`` is for :attr:`Action.CALL`.
+    """At the first frame of ``kind`` but ``skip``. ``call`` (for :attr:`Action.CALL`) does something to ``victim``.
 
     ``down``: from then on no new connection is let through either, until :meth:`Proxy.mend`.
     """
 
     kind: FrameKind
     action: Action
-    after: bool = False
+    skip: int = 0
     down: bool = False
+    victim: str = ""
     call: Callable[[], None] = lambda: None
+    said: str = ""
     struck: threading.Event = field(default_factory=threading.Event)
 
 
@@ -116,31 +118,32 @@ class Proxy:
         header = decode_header(head)
         kind = FrameKind(header.kind)
         self.kinds.append(kind)
-        strike = self._strike if self._strike and self._strike.kind is kind else None
-        if strike and strike.struck.is_set():
-            strike = None
-        if strike and not strike.after and not self._hit(strike, source, sink):
+        strike = self._due(kind)
+        if strike and not self._hit(strike, source, sink):
             return False
-        left = header.length
-        if strike and strike.action is Action.CORRUPT:
-            head, left = self._corrupt(strike, head, left, source, sink)
-        else:
-            sink.sendall(head)
-        while left:
-            data = _read(source, min(left, CHUNK_BYTES))
-            sink.sendall(data)
-            left -= len(data)
-        return not (strike and strike.after) or self._hit(strike, source, sink)
+        sink.sendall(head)
+        damage = strike is not None and strike.action is Action.CORRUPT
+        _copy(source, sink, header.length - damage)
+        if damage:
+            # One bit of the payload's last byte, which for PAGES is a byte of guest memory.
+            sink.sendall(bytes([_read(source, 1)[0] ^ 0x04]))
+        return True
+
+    def _due(self, kind: FrameKind) -> Strike | None:
+        strike = self._strike
+        if strike is None or strike.kind is not kind or strike.struck.is_set():
+            return None
+        strike.skip -= 1
+        return strike if strike.skip < 0 else None
 
     def _hit(self, strike: Strike, source: socket.socket, sink: socket.socket) -> bool:
-        """Whether the frame (or the next one) may still go its way."""
-        if strike.action is Action.CORRUPT:
-            return True
+        """Whether the frame may still go its way."""
         if strike.down:
             self._down.set()
-        strike.struck.set()
         if strike.action is Action.CALL:
             strike.call()
+        strike.struck.set()
+        if strike.action in (Action.CALL, Action.CORRUPT):
             return True
         if strike.action is Action.STALL:
             self._mended.wait()
@@ -149,18 +152,12 @@ class Proxy:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NOTHING)
         return False
 
-    def _corrupt(
-        self, strike: Strike, head: bytes, left: int, source: socket.socket, sink: socket.socket
-    ) -> tuple[bytes, int]:
-        """Flip one bit: of the payload's last byte, which for PAGES is a byte of guest memory."""
-        strike.struck.set()
-        sink.sendall(head)
-        while left > 1:
-            data = _read(source, min(left - 1, CHUNK_BYTES))
-            sink.sendall(data)
-            left -= len(data)
-        sink.sendall(bytes([_read(source, 1)[0] ^ 0x04]))
-        return head, 0
+
+def _copy(source: socket.socket, sink: socket.socket, count: int) -> None:
+    while count:
+        data = _read(source, min(count, CHUNK_BYTES))
+        sink.sendall(data)
+        count -= len(data)
 
 
 def _read(sock: socket.socket, count: int) -> bytes:

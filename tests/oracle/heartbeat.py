@@ -89,7 +89,7 @@ def _blackouts_ms(sides: Sequence[SerialLog]) -> list[float]:
     return found
 
 
-def require_progress(log: SerialLog, beats: int = 20, timeout_s: float = 20.0) -> None:
+def require_progress(log: SerialLog, beats: int = 20, timeout_s: float = 60.0) -> None:
     """Raise :class:`OracleError` unless the guest at ``log`` sends that many more heartbeats."""
     try:
         log.wait_bytes(beats * 8, timeout_s)

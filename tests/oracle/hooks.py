@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import threading
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from kvmigrate.contract import RunState
 from kvmigrate.machine.machine import Machine
 from kvmigrate.machine.platform import Platform
 from kvmigrate.memory.dirty import LogMode
-from kvmigrate.state.section import Section
+from kvmigrate.state.section import Section, pack
 
 HOST_GPA, HOST_PAGES, HOST_WRITE_S = 0x50000, 64, 0.001
 LEAVING = (RunState.FINISH_MIGRATE, RunState.SAVE_VM)
@@ -21,30 +23,37 @@ LEAVING = (RunState.FINISH_MIGRATE, RunState.SAVE_VM)
 def witness(directory: Path) -> None:
     """Write ``TIME.out.json`` when a guest has been saved at its last stop, ``TIME.in.json`` before it first runs
     elsewhere: its digest, over the test's own channel and never in the stream."""
-    save, resume = Machine.save, Machine.resume
-    digesting: set[int] = set()
+    save, resume, digest = Machine.save, Machine.resume, Machine.digest
 
     def witnessed_save(self: Machine) -> list[Section]:
         sections = save(self)
-        if self.runstate in LEAVING and id(self) not in digesting:
-            digesting.add(id(self))
-            _write(directory, "out", self)
-            digesting.discard(id(self))
+        if self.runstate in LEAVING:
+            # The state that leaves, and not a second look at it: the PIT ticks on while the guest stands still.
+            state = {s.name: base64.b64encode(pack(s.body)).decode() for s in sections}
+            with_save(self, save, lambda: _write(directory, "out", digest(self) | {"state": state}))
         return sections
 
     def witnessed_resume(self: Machine) -> None:
         if self.runstate is RunState.INMIGRATE:
-            _write(directory, "in", self)
+            with_save(self, save, lambda: _write(directory, "in", digest(self)))
         resume(self)
+
+    def with_save(self: Machine, plain: Callable[[Machine], list[Section]], work: Callable[[], None]) -> None:
+        """``work`` with ``self.save`` as it was, since a digest saves too."""
+        self.save = lambda: plain(self)  # type: ignore[method-assign]
+        try:
+            work()
+        finally:
+            del self.save
 
     Machine.save = witnessed_save  # type: ignore[method-assign]
     Machine.resume = witnessed_resume  # type: ignore[method-assign]
 
 
-def _write(directory: Path, direction: str, machine: Machine) -> None:
+def _write(directory: Path, direction: str, digest: Mapping[str, object]) -> None:
     path = directory / f"{time.monotonic_ns():020d}.{direction}.json"
     beside = path.with_suffix(f".{os.getpid()}")
-    beside.write_text(json.dumps(machine.digest()))
+    beside.write_text(json.dumps(digest))
     beside.rename(path)
 
 

@@ -42,14 +42,14 @@ class SerialLog:
         assert self.connection is not None, f"{self.side} has not connected its serial port"
         self.connection.sendall(text.encode())
 
-    def wait_for(self, text: str, timeout_s: float = 20.0) -> None:
+    def wait_for(self, text: str, timeout_s: float = 60.0) -> None:
         """Return once ``text`` has been received. Raises :class:`AssertionError` after ``timeout_s``."""
         deadline = time.monotonic() + timeout_s
         while text not in self.text:
             assert time.monotonic() < deadline, f"{self.side} never wrote {text!r}; it wrote {self.text[-300:]!r}"
             time.sleep(0.005)
 
-    def wait_bytes(self, count: int, timeout_s: float = 20.0) -> None:
+    def wait_bytes(self, count: int, timeout_s: float = 60.0) -> None:
         """Return once ``count`` more bytes have come."""
         wanted = len(self.data) + count
         deadline = time.monotonic() + timeout_s

@@ -21,7 +21,7 @@ from kvmigrate.errors import ControlError
 
 from .recorder import Recorder, SerialLog
 
-READY_S = 20.0
+READY_S = 60.0
 END_S = 60.0
 POWERED_OFF, ERROR, CRASHED, MOVED, STOPPED = 0, 2, 4, 6, 8
 ENDED = ("completed", "failed", "cancelled", "commit-unknown")

@@ -12,7 +12,6 @@ from kvmigrate.kvm.structs import layout
 from kvmigrate.migration import incoming
 from kvmigrate.migration.incoming import Incoming, State
 from kvmigrate.migration.source import Source
-from kvmigrate.precopy.ledger import RoundRecord
 from kvmigrate.precopy.rounds import PreCopy
 from kvmigrate.state.frame import FrameKind
 from kvmigrate.state.section import Section
@@ -87,11 +86,7 @@ def _skip_serial() -> None:
 
 def _skip_last_round() -> None:
     """Send nothing of what was written since the last round of the running guest."""
-
-    def empty(self: PreCopy) -> RoundRecord:
-        return self._write(len(self.records), 0, last=True)
-
-    _replace(PreCopy, "last_round", empty)
+    _replace(PreCopy, "last_round", lambda self: self.records[-1])
 
 
 def _resume_after_lost_answer() -> None:

@@ -42,7 +42,7 @@ PLANTED = (
     Fault("swap-two-pages", "two pages change places on their way", in_c=True),
     Fault("forget-host-bitmap", "pages that the VMM wrote are not sent again", in_c=True),
     Fault("copy-before-clear", "pages are copied before their dirty bits are cleared", HOP_BUSY, in_c=True),
-    Fault("off-by-64-clear", "dirty bits are cleared 64 pages too far on", HOP_BUSY, in_c=True),
+    Fault("off-by-64-clear", "dirty bits are cleared 64 pages too far on", in_c=True),
     Fault("skip-last-round", "what was written since the last round is not sent"),
     Fault("skip-registers", "general registers are not loaded"),
     Fault("stale-registers", "a register is one update behind"),
