@@ -74,13 +74,13 @@ class Attempt:
         self.traveller.moved_to(destination)
 
     def end_destination(self, word: str = "--discard") -> None:
-        """The destination ends by itself or, after READY, by the operator's word; with one line and no traceback."""
+        """The destination ends by itself or, after READY, by the operator's word; with the reason in one line."""
         if in_doubt(self.destination):
             done = self.traveller.world.command("resolve", self.destination.name, word)
             assert done.returncode == 0, done.stderr
         assert self.destination.wait_end(ENDED_S) == 2, self.destination.stderr
         lines = self.destination.stderr.splitlines()
-        assert len(lines) == 1 and lines[0].startswith("kvmigrate: "), lines
+        assert len(lines) == 2 and "waits for a guest" in lines[0] and lines[1].startswith("kvmigrate: "), lines
 
     def require_moved(self) -> None:
         """The guest runs at the destination, and the source knows."""

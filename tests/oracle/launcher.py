@@ -1,7 +1,7 @@
 """``python -m kvmigrate``, with what a test wants to see or to break from inside the process.
 
 KVMIGRATE_TEST_WITNESS=DIR    write a digest of the guest to DIR when it has stopped for good, and before it first runs
-KVMIGRATE_TEST_LOG_MODE=get   read the dirty log without manual protection
+KVMIGRATE_TEST_LOG_MODE=MODE  fetch the dirty log in this mode: GET or CLEAR
 KVMIGRATE_TEST_HOST_WRITES=1  write to a running guest's memory from the VMM
 KVMIGRATE_TEST_FAULT=NAME     plant the fault NAME of tests/planted/faults.py
 """
@@ -22,8 +22,8 @@ def prepare() -> None:
 
     if directory := os.environ.get("KVMIGRATE_TEST_WITNESS"):
         hooks.witness(Path(directory))
-    if os.environ.get("KVMIGRATE_TEST_LOG_MODE") == "get":
-        hooks.use_log_mode("GET")
+    if mode := os.environ.get("KVMIGRATE_TEST_LOG_MODE"):
+        hooks.use_log_mode(mode)
     if os.environ.get("KVMIGRATE_TEST_HOST_WRITES"):
         hooks.write_from_host()
     if fault := os.environ.get("KVMIGRATE_TEST_FAULT"):

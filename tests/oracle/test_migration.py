@@ -43,9 +43,9 @@ def finish(world: World, guest: Process, hops: int) -> None:
 @pytest.mark.parametrize(
     ("cpus", "compression", "unix", "log_mode"),
     [
-        pytest.param(1, "none", False, "clear", id="tcp"),
-        pytest.param(2, "none", True, "clear", id="two-vcpus-unix"),
-        pytest.param(2, "zstd", False, "get", id="two-vcpus-zstd-get-dirty-log"),
+        pytest.param(1, "none", False, "CLEAR", id="tcp"),
+        pytest.param(2, "none", True, "CLEAR", id="two-vcpus-unix"),
+        pytest.param(2, "zstd", False, "GET", id="two-vcpus-zstd-get-dirty-log"),
     ],
 )
 def test_ping_pong_loses_nothing(world: World, cpus: int, compression: str, unix: bool, log_mode: str) -> None:

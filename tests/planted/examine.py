@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from kvmigrate.state.frame import FrameKind
 
@@ -16,7 +17,7 @@ from ..oracle.heartbeat import OracleError, judge, judge_restored, require_progr
 from ..oracle.recorder import SerialLog
 from ..oracle.world import Process, World, free_port, migrate, wait_listening
 
-LEDGER = "beat=10 pages=4000 fill=4 irq=1 state=1 ymm=1"
+LEDGER = "beat=10 fill=4 irq=1 state=1 ymm=1"
 MEMORY = "64M"
 PATIENCE_S = 60.0
 BROKEN_PATIENCE_S = 8.0
@@ -44,10 +45,10 @@ class Findings:
             self.objections.setdefault(error.oracle, str(error))
 
 
-def boot(world: World, *, cpus: int = 1, rate: int = 20) -> Process:
+def boot(world: World, *, cpus: int = 1, rate: int = 20, pages: int = 4000, memory: str = MEMORY) -> Process:
     world.environment["KVMIGRATE_TEST_WITNESS"] = str(witness_directory(world))
     world.environment["KVMIGRATE_TEST_HOST_WRITES"] = "1"
-    return world.run("ledger", f"{LEDGER} rate={rate}", memory=MEMORY, cpus=cpus)
+    return world.run("ledger", f"{LEDGER} rate={rate} pages={pages}", memory=memory, cpus=cpus)
 
 
 def witness_directory(world: World) -> Path:
@@ -56,22 +57,26 @@ def witness_directory(world: World) -> Path:
     return directory
 
 
-def examine_hop(world: World, *, cpus: int = 1, rate: int = 20) -> Findings:
-    """Move a guest and ask all oracles."""
+def examine_hop(world: World, *, cpus: int = 1, hops: int = 1, **guest: Any) -> Findings:
+    """Move a guest, booted as :func:`boot` says, and ask all oracles; up to ``hops`` times, until one objects."""
     found = Findings.of(world)
-    source = boot(world, cpus=cpus, rate=rate)
-    address = world.tcp()
-    destination = world.receive(address)
-    # A cap makes the rounds long, so that the guest writes while pages are on their way.
-    job = migrate(source, address, **{"max-bandwidth": 64 << 20})
-    if job["status"] != "completed":
-        found.objections["handover"] = str(job.get("error", {}).get("desc", job["status"]))
-        return found
-    source.wait_end()
-    ask_guest(found, destination, cpus)
-    with found.asking():
-        judge([source.log, destination.log])
-    ask_digests(found, witness_directory(world))
+    source = boot(world, cpus=cpus, **guest)
+    for _ in range(hops):
+        address = world.tcp()
+        destination = world.receive(address)
+        # A cap makes the rounds long, so that the guest writes while pages are on their way.
+        job = migrate(source, address, **{"max-bandwidth": 64 << 20})
+        if job["status"] != "completed":
+            found.objections["handover"] = str(job.get("error", {}).get("desc", job["status"]))
+            break
+        source.wait_end()
+        ask_guest(found, destination, cpus)
+        with found.asking():
+            judge(world.logs)
+        ask_digests(found, witness_directory(world))
+        if found.objections:
+            break
+        source = destination
     return found
 
 

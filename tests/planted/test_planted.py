@@ -23,6 +23,9 @@ from .table import write_table
 pytestmark = pytest.mark.timeout(600)
 ROOT = Path(__file__).parents[2]
 HOP, HOP_TWO, HOP_BUSY = examine_hop, partial(examine_hop, cpus=2), partial(examine_hop, rate=0)
+# The core clears the log in windows of 8192 pages. A quarter of this guest's pages are the 64 before the second one.
+# What is lost is soon written again, so it takes a few hops until one page is lost for good.
+HOP_BORDER = partial(examine_hop, hops=6, rate=30, pages=256, memory=str((8192 + 64) << 12))
 CUT_COMMIT, CUT_RUNNING = (partial(examine_cut, kind=kind) for kind in (FrameKind.COMMIT, FrameKind.RUNNING))
 
 
@@ -42,7 +45,7 @@ PLANTED = (
     Fault("swap-two-pages", "two pages change places on their way", in_c=True),
     Fault("forget-host-bitmap", "pages that the VMM wrote are not sent again", in_c=True),
     Fault("copy-before-clear", "pages are copied before their dirty bits are cleared", HOP_BUSY, in_c=True),
-    Fault("off-by-64-clear", "dirty bits are cleared 64 pages too far on", in_c=True),
+    Fault("off-by-64-clear", "dirty bits are cleared from 64 pages too early", HOP_BORDER, in_c=True),
     Fault("skip-last-round", "what was written since the last round is not sent"),
     Fault("skip-registers", "general registers are not loaded"),
     Fault("stale-registers", "a register is one update behind"),
@@ -102,8 +105,8 @@ def test_planted_fault_is_caught(world: World, fault: Fault) -> None:
 
 @pytest.mark.parametrize(
     "examine",
-    [HOP, HOP_TWO, HOP_BUSY, examine_snapshot, CUT_COMMIT, CUT_RUNNING],
-    ids=["hop", "two vcpus", "busy", "snapshot", "cut at COMMIT", "cut at RUNNING"],
+    [HOP, HOP_TWO, HOP_BUSY, HOP_BORDER, examine_snapshot, CUT_COMMIT, CUT_RUNNING],
+    ids=["hop", "two vcpus", "busy", "border", "snapshot", "cut at COMMIT", "cut at RUNNING"],
 )
 def test_the_same_run_without_a_fault_passes(world: World, examine: Callable[[World], Findings]) -> None:
     assert not examine(world).objections
