@@ -99,15 +99,15 @@ class Proxy:
             except OSError:
                 _close(near)
                 continue
-            far.settimeout(None)
             self._sockets += [near, far]
             for one, other in ((near, far), (far, near)):
-                one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 threading.Thread(target=self._pass_on, args=(one, other), daemon=True).start()
 
     def _pass_on(self, source: socket.socket, sink: socket.socket) -> None:
         """Frames from ``source`` to ``sink`` until either ends; then both do."""
         with suppress(OSError, EOFError):
+            source.settimeout(None)
+            source.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             while self._frame(source, sink):
                 pass
         _close(source)

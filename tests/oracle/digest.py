@@ -89,12 +89,12 @@ def _unpacked(text: str | None) -> Any:
     return body
 
 
-def _without_timer(registers: bytearray) -> bytes:
-    """The local APIC without its timer's count and without whether its interrupt is pending."""
+def _without_timer(registers: bytearray) -> dict[str, str]:
+    """The local APIC's registers by offset, without its timer's count and without whether its interrupt is pending."""
     registers[_CURRENT_COUNT : _CURRENT_COUNT + 4] = bytes(4)
     vector = registers[_LVT_TIMER]
     registers[_IRR + vector // 32 * 16 + vector % 32 // 8] &= ~(1 << vector % 8)
-    return bytes(registers)
+    return {f"{at:#x}": registers[at : at + 4].hex() for at in range(0, len(registers), 16)}
 
 
 def _differences(path: str, left: Any, right: Any) -> Iterator[str]:

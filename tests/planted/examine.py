@@ -129,16 +129,17 @@ def examine_snapshot(world: World) -> Findings:
     return found
 
 
-def examine_cut(world: World, kind: FrameKind) -> Findings:
-    """Cut the link at ``kind``; the source may dial anew. If both sides run the guest, its numbers come twice."""
+def examine_stall(world: World, kind: FrameKind) -> Findings:
+    """Stall the link at ``kind``; the source may dial anew. If both sides run the guest, its numbers come twice."""
     found = Findings.of(world)
     source = boot(world)
     port = free_port()
     address = f"tcp://127.0.0.1:{port}"
     destination = world.receive(address)
     wait_listening(address)
-    with Proxy(("127.0.0.1", port), Strike(kind, Action.CUT)) as proxy:
+    with Proxy(("127.0.0.1", port), Strike(kind, Action.STALL)) as proxy:
         with source.client() as client:
+            client.execute("migrate-set-parameters", {"x-kvmigrate-timeout": 700})
             client.execute("migrate", {"uri": proxy.address})
             settle(lambda: client.execute("x-kvmigrate-job")["status"] in ("failed", "completed"))
         with found.asking():

@@ -16,7 +16,7 @@ import pytest
 from kvmigrate.state.frame import FrameKind
 
 from ..oracle.world import World, open_world
-from .examine import Findings, examine_cut, examine_hop, examine_snapshot
+from .examine import Findings, examine_hop, examine_snapshot, examine_stall
 from .faults import FAULTS
 from .table import write_table
 
@@ -26,7 +26,7 @@ HOP, HOP_TWO, HOP_BUSY = examine_hop, partial(examine_hop, cpus=2), partial(exam
 # The core clears the log in windows of 8192 pages. A quarter of this guest's pages are the 64 before the second one.
 # What is lost is soon written again, so it takes a few hops until one page is lost for good.
 HOP_BORDER = partial(examine_hop, hops=6, rate=30, pages=256, memory=str((8192 + 64) << 12))
-CUT_COMMIT, CUT_RUNNING = (partial(examine_cut, kind=kind) for kind in (FrameKind.COMMIT, FrameKind.RUNNING))
+NO_COMMIT, NO_RUNNING = (partial(examine_stall, kind=kind) for kind in (FrameKind.COMMIT, FrameKind.RUNNING))
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,8 @@ PLANTED = (
     Fault("skip-ioapic", "the IOAPIC is not loaded"),
     Fault("skip-uart", "the UART is not loaded"),
     Fault("skip-last-round", "the same, in a snapshot", examine_snapshot),
-    Fault("resume-after-lost-answer", "the source resumes when the answer to COMMIT is lost", CUT_RUNNING),
-    Fault("run-before-commit", "the destination runs the guest without waiting for COMMIT", CUT_COMMIT),
+    Fault("resume-after-lost-answer", "the source resumes when the answer to COMMIT is lost", NO_RUNNING),
+    Fault("run-before-commit", "the destination runs the guest without waiting for COMMIT", NO_COMMIT),
 )
 NOT_PLANTED = {
     "deadline-before-tsc": "needs a host whose TSC can be set; the order is a rule that tests/kvm checks",
@@ -105,8 +105,8 @@ def test_planted_fault_is_caught(world: World, fault: Fault) -> None:
 
 @pytest.mark.parametrize(
     "examine",
-    [HOP, HOP_TWO, HOP_BUSY, HOP_BORDER, examine_snapshot, CUT_COMMIT, CUT_RUNNING],
-    ids=["hop", "two vcpus", "busy", "border", "snapshot", "cut at COMMIT", "cut at RUNNING"],
+    [HOP, HOP_TWO, HOP_BUSY, HOP_BORDER, examine_snapshot, NO_COMMIT, NO_RUNNING],
+    ids=["hop", "two vcpus", "busy", "border", "snapshot", "no COMMIT", "no RUNNING"],
 )
 def test_the_same_run_without_a_fault_passes(world: World, examine: Callable[[World], Findings]) -> None:
     assert not examine(world).objections
