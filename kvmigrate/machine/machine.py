@@ -11,7 +11,7 @@ from ..config import MIN_MEMORY_BYTES, MachineConfig
 from ..contract import RunState
 from ..devices.end import CRASH, GuestEnd
 from ..errors import ConfigError, StateError
-from ..kvm.cpuid import compare_cpuid, guest_cpuid
+from ..kvm.cpuid import guest_cpuid
 from ..kvm.system import System
 from ..kvm.vcpu_state import prepare
 from ..memory.dirty import DirtyLog, LogMode
@@ -83,12 +83,9 @@ class Machine:
         description = Description.from_value(value)
         if name is not None:
             description = description.renamed(name)
-        with System.open() as system:
-            supported = system.supported_cpuid()
-        for table in description.cpuid:
-            compare_cpuid(table, supported).require()
         machine = cls(description, serial, RunState.INMIGRATE, log_mode)
         try:
+            machine.platform.compare_cpuid().require()
             description.require_devices(machine.description.devices)
             description.require_tsc(machine.platform.tsc_khz, machine.platform.can_scale_tsc)
             # Parked threads now, so that none has to be started while the guest waits.

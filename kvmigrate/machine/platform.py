@@ -8,10 +8,12 @@ from ..devices import cmos, debug_exit, i8042, port92, poweroff, serial
 from ..devices.backends import Backend, open_backend
 from ..devices.bus import Device, MmioBus, PioBus
 from ..devices.end import GuestEnd
+from ..kvm.cpuid import compare_cpuid
 from ..kvm.system import System, capability
 from ..kvm.vm import Vm
 from ..memory.dirty import LogMode
 from ..memory.region import GuestMemory
+from ..state.fidelity import Fidelity
 from .description import CpuidTable
 
 
@@ -81,6 +83,13 @@ class Platform:
     def held_cpuid(self) -> tuple[CpuidTable, ...]:
         """What the kernel made of the CPUID that each vCPU was given."""
         return tuple(vcpu.cpuid for vcpu in self.vm.vcpus)
+
+    def compare_cpuid(self) -> Fidelity:
+        """Whether this host has every CPU feature that the vCPUs were given, by name."""
+        fidelity = Fidelity()
+        for vcpu, table in zip(self.vm.vcpus, self.cpuid, strict=True):
+            fidelity.merge(compare_cpuid(table, vcpu.offered_cpuid, f"vcpu{vcpu.id}.cpuid"))
+        return fidelity
 
     @property
     def tsc_khz(self) -> int:
