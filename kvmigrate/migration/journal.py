@@ -117,7 +117,8 @@ class Journal:
         return HostError(f"the journal {self.path}", error.errno or errno.EIO, "can its directory be written to?")
 
     def _require_ours(self) -> None:
-        if not os.path.samestat(os.stat(self.path), os.fstat(self._fd)):  # noqa: PTH116 (as above)
+        # A rename over it, or its removal, takes away the only name that it has.
+        if not os.fstat(self._fd).st_nlink:
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 
     def advance(self, state: Entry) -> None:
