@@ -85,7 +85,7 @@ class Command(Generic[Vm]):
     def check_state(self, state: RunState, job: str) -> None:
         """Raise :class:`QmpError` when the VM is in no state for this. ``job`` names the one under way, or is empty."""
         if job and not self.with_job:
-            raise QmpError(f"{self.name} cannot come while a {job} is under way: wait for it, or cancel it first")
+            raise QmpError(f"{self.name} has to wait for the job under way ({job}): wait too, or cancel that first")
         if state not in self.states:
             allowed = " or ".join(sorted(self.states))
             raise QmpError(f"the VM is {state}, but {self.name} needs it to be {allowed}")

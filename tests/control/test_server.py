@@ -209,7 +209,7 @@ def test_commands_are_refused_by_state_with_the_reason(path: Path, vm: FakeVm) -
             client.execute("x-digest")
         client.execute("migrate", {"uri": "tcp:localhost:1"})
         for command, arguments in [("stop", {}), ("cont", {}), ("migrate", {"uri": "tcp:localhost:1"})]:
-            with pytest.raises(ControlError, match=f"{command} cannot come while a migration is under way"):
+            with pytest.raises(ControlError, match=f"{command} has to wait for the job under way"):
                 client.execute(command, arguments)
         client.execute("migrate_cancel")
         client.execute("migrate_cancel")
