@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 export PYTHON
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
@@ -52,10 +53,10 @@ test: deps-test dev lint ## Set up everything, run all tests
 	@$(BIN)/pytest $(PYTEST_ARGS)
 
 bench: deps-test dev ## Measure against QEMU on this machine; prints tables, writes build/bench.json
-	@$(BIN)/python -m tests.bench
+	@$(BIN)/python -m tests.bench $(BENCH_ARGS)
 
-docs: dev ## Write the generated pages of docs/ again
-	@$(BIN)/python -m tests.structure.generate
+docs: dev ## Print the parts of docs/ that are made from code
+	@$(BIN)/python -m kvmigrate.control.commands
 
 clean: ## Remove what was built, .venv too
 	@rm -rf $(VENV) build dist *.egg-info kvmigrate/_core.c kvmigrate/*.so kvmigrate/guests/*.elf

@@ -13,6 +13,8 @@ from .runs import TMPFS, scratch
 from .samples import interleave
 
 OUT = Path("build")
+PAGE = Path("docs/performance.md")
+BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
 
 
 def arguments() -> argparse.Namespace:
@@ -21,6 +23,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--runs", type=int, default=5, help="runs of every row (default 5)")
     parser.add_argument("--blackout-runs", type=int, default=15, help="runs of the blackout's rows (default 15)")
     parser.add_argument("--only", default="", help="groups, with commas: full,empty,blackout,save,restore")
+    parser.add_argument("--write-docs", action="store_true", help=f"put the tables into {PAGE}")
     return parser.parse_args()
 
 
@@ -28,7 +31,7 @@ def measure(group: Group, runs: int) -> str:
     """Run one group and return its table and what it says of the goal."""
     print(f"\n{group.title}", file=sys.stderr)
     interleave(group.rows, runs, lambda text: print(f"  {text}", file=sys.stderr, flush=True))
-    return f"## {group.title}\n\n{table(group)}\n\n{verdict(group)}\n"
+    return f"### {group.title}\n\n{table(group)}\n\n{verdict(group)}\n"
 
 
 def main() -> int:
@@ -45,6 +48,9 @@ def main() -> int:
     (OUT / "bench.md").write_text(text)
     values = {group.name: {row.name: row.to_value() for row in group.rows} for group in chosen}
     (OUT / "bench.json").write_text(json.dumps({"facts": facts(), "groups": values}, indent=1))
+    if asked.write_docs:
+        before, _, rest = PAGE.read_text().partition(BEGIN)
+        PAGE.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}")
     print(text)
     return int(any(row.failures for group in chosen for row in group.rows))
 
