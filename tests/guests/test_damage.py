@@ -93,7 +93,7 @@ def xmm(machine: Machine) -> None:
 DAMAGES: dict[Callable[[Machine], None], str] = {
     payload_byte: "page content does not match",
     header_byte: "page",
-    ledger_byte: "page is not of this time",
+    ledger_byte: "ledger",
     stale_page: "page is not of this time",
     swapped_pages: "page is another one",
     zeroed_page: "page is another one",
