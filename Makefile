@@ -10,7 +10,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 export PIP_ROOT_USER_ACTION := ignore
 
-CORE_SOURCES := $(wildcard kvmigrate/csrc/*.[ch] kvmigrate/csrc/*/*.h kvmigrate/guests/*.S kvmigrate/guests/*.ld) \
+CORE_SOURCES := $(wildcard kvmigrate/csrc/*.[ch] kvmigrate/csrc/*/*.h kvmigrate/guests/*.[Sh] kvmigrate/guests/*.ld) \
 	kvmigrate/_build.py setup.py
 
 .DEFAULT_GOAL := help

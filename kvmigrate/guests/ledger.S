@@ -1,7 +1,7 @@
 // The guest that notices a lost byte: it updates random pages for ever and checks all of it, see pages.S.
 //
 // Prints `H <vcpu> <seq> <microseconds> <updates>` every `beat` ms of guest time, `OK updates <n> tickets <n>` at
-// the end, or one line `BAD …`. With irq=1 a line received on COM1 comes back as `E <line>`.
+// the end, or one line `BAD …`. With irq=1 a line received on COM1 comes back as `E <line>`, and `stop` ends it.
 #include "guest.h"
     .intel_syntax noprefix
 
@@ -240,7 +240,10 @@ echo:
     stosb
     jmp 4b
 5:  mov [received_tail], bl
-    call line_end
+    cmp dword ptr [r14 + CPU_LINE + 2], 0x706f7473      // "stop"
+    jne 6f
+    mov dword ptr [stop], 1
+6:  call line_end
     jmp echo
 3:  ret
 

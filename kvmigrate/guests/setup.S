@@ -258,9 +258,9 @@ route_interrupts:
     mov eax, LAPIC
     mov dword ptr [rax + LAPIC_LVT_LINT0], 0x700
     mov ebx, IOAPIC
-    mov dword ptr [rbx], 0x11           // redirection of pin 4, high half: to LAPIC 0
+    mov dword ptr [rbx], 0x10 + 2 * 4 + 1       // redirection of pin 4, high half: to LAPIC 0
     mov dword ptr [rbx + 16], 0
-    mov dword ptr [rbx], 0x10
+    mov dword ptr [rbx], 0x10 + 2 * 4
     mov dword ptr [rbx + 16], VECTOR_SERIAL
     mov edx, COM1 + 4
     mov al, UART_OUT2

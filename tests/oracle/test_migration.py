@@ -121,7 +121,8 @@ def test_a_destination_told_to_wait_holds_the_guest_until_cont(world: World) -> 
 
 
 def test_the_guest_ends_where_it_is_with_its_books_balanced(world: World) -> None:
-    guest = travel(world, world.run("ledger", LEDGER + " beats=400"), 2)
+    guest = travel(world, world.run("ledger", LEDGER, cpus=2), 2)
+    guest.log.send("stop\n")
     assert guest.wait_end() == POWERED_OFF
     assert judge(world.logs).ended
 
