@@ -14,7 +14,7 @@ CORE_SOURCES := $(wildcard kvmigrate/csrc/*.[ch] kvmigrate/csrc/*/*.h kvmigrate/
 	kvmigrate/_build.py setup.py
 
 .DEFAULT_GOAL := help
-.PHONY: help deps deps-test build dev demo test lint bench docs clean
+.PHONY: help deps deps-test build dev demo test lint bench evidence docs clean
 
 help: ## List what can be made
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS='	' read -r name text; \
@@ -54,6 +54,9 @@ test: deps-test dev lint ## Set up everything, run all tests
 
 bench: deps-test dev ## Measure against QEMU on this machine; prints tables, writes build/bench.json
 	@$(BIN)/python -m tests.bench $(BENCH_ARGS)
+
+evidence: dev ## Plant every fault again and write the table of docs/evidence.md
+	@KVMIGRATE_EVIDENCE=docs/evidence.md $(BIN)/pytest tests/planted
 
 docs: dev ## Print the parts of docs/ that are made from code
 	@$(BIN)/python -m kvmigrate.control.commands
