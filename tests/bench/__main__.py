@@ -34,25 +34,31 @@ def measure(group: Group, runs: int) -> str:
     return f"### {group.title}\n\n{table(group)}\n\n{verdict(group)}\n"
 
 
+def write(texts: list[str], measured: list[Group], *, docs: bool) -> None:
+    """Write what is known so far: a run takes long, and may be stopped."""
+    OUT.mkdir(exist_ok=True)
+    text = "\n".join(texts)
+    (OUT / "bench.md").write_text(text)
+    values = {group.name: {row.name: row.to_value() for row in group.rows} for group in measured}
+    (OUT / "bench.json").write_text(json.dumps({"facts": facts(), "groups": values}, indent=1))
+    if docs:
+        before, _, rest = PAGE.read_text().partition(BEGIN)
+        PAGE.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}")
+
+
 def main() -> int:
     """Measure what was asked for. Exit status 1 when a run failed; a missed goal is told, not failed."""
     asked = arguments()
     wanted = set(filter(None, asked.only.split(",")))
+    texts, measured = [facts()], []
     with scratch(TMPFS) as files:
-        chosen = [group for group in groups(files) if not wanted or group.name in wanted]
-        texts = [facts()]
-        for group in chosen:
-            texts.append(measure(group, asked.blackout_runs if group.name == "blackout" else asked.runs))
-    OUT.mkdir(exist_ok=True)
-    text = "\n".join(texts)
-    (OUT / "bench.md").write_text(text)
-    values = {group.name: {row.name: row.to_value() for row in group.rows} for group in chosen}
-    (OUT / "bench.json").write_text(json.dumps({"facts": facts(), "groups": values}, indent=1))
-    if asked.write_docs:
-        before, _, rest = PAGE.read_text().partition(BEGIN)
-        PAGE.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}")
-    print(text)
-    return int(any(row.failures for group in chosen for row in group.rows))
+        for group in groups(files):
+            if not wanted or group.name in wanted:
+                texts.append(measure(group, asked.blackout_runs if group.name == "blackout" else asked.runs))
+                measured.append(group)
+                write(texts, measured, docs=asked.write_docs)
+    print("\n".join(texts))
+    return int(any(row.failures for group in measured for row in group.rows))
 
 
 if __name__ == "__main__":
