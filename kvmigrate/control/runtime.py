@@ -16,6 +16,8 @@ from __future__ import annotations
 import fcntl
 import os
 import stat
+import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +26,7 @@ from ..errors import ConfigError, ControlError, HostError
 
 MAX_SOCKET_PATH_BYTES = 107
 """What ``sun_path`` holds beside its final zero (unix(7))."""
+LOCK_TRIES, LOCK_RETRY_S = 5, 0.01
 
 
 def runtime_dir() -> Path:
@@ -93,8 +96,7 @@ def claim(name: str) -> Claim:
     held = Claim(name, open_runtime_dir(), -1)
     if len(os.fsencode(held.socket_path)) > MAX_SOCKET_PATH_BYTES:
         raise ConfigError(f"{held.socket_path} is too long for a socket: take a shorter name or XDG_RUNTIME_DIR")
-    while held.lock_fd < 0:
-        held.lock_fd = _try_lock(held.lock_path)
+    held.lock_fd = _lock(held.lock_path)
     held.socket_path.unlink(missing_ok=True)
     (held.directory / f".{name}.journal.tmp").unlink(missing_ok=True)
     return held
@@ -104,6 +106,18 @@ def check_name(name: str) -> None:
     """Raise :class:`ConfigError` unless ``name`` can be a VM's name (and so a file's)."""
     if not NAME_PATTERN.fullmatch(name):
         raise ConfigError(f"{name!r} is not a name: use letters, digits, dot, dash and underscore, at most 63")
+
+
+def _lock(path: Path) -> int:
+    """An open, locked descriptor of ``path``. Tried a few times: whoever lists the VMs holds a free lock for a moment."""
+    for _ in range(LOCK_TRIES - 1):
+        with suppress(ControlError):
+            if (fd := _try_lock(path)) >= 0:
+                return fd
+        time.sleep(LOCK_RETRY_S)
+    while (fd := _try_lock(path)) < 0:
+        continue
+    return fd
 
 
 def _try_lock(path: Path) -> int:

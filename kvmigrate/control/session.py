@@ -40,6 +40,8 @@ LINGER_S = 30.0
 """How long the process of a guest that moved away waits for its clients to read the result."""
 FIRST_CLIENT_S = 2.0
 """How long it waits for one to come when there is none: a script may dial anew for every question."""
+REASON_S = 3.0
+"""How long it waits for them when a job was cut short by the guest's end."""
 CANCEL_S = 15.0
 
 _QUIET = frozenset({RunState.FINISH_MIGRATE, RunState.SAVE_VM})
@@ -259,7 +261,8 @@ class Session:
     async def _wind_down(self, how: Exit) -> Exit:
         """Stop what is under way, tell the clients, and let them read what they came for."""
         job = self._job
-        if job is not None and job.alive:
+        interrupted = job is not None and job.alive
+        if job is not None and interrupted:
             try:
                 job.cancel(MigrationError(f"the guest came to its end: {how.text or 'it switched itself off'}"))
             except KvmigrateError:
@@ -270,6 +273,9 @@ class Session:
             await self._linger()
         else:
             self._server.emit("SHUTDOWN", {"guest": how.reason.startswith("guest"), "reason": how.reason})
+        if interrupted and not how.moved:
+            # Whoever follows the job looks again within its polling interval, and should read why it ended.
+            await self._server.wait_idle(REASON_S)
         return how
 
     async def _linger(self) -> None:
