@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -49,6 +50,8 @@ def write(texts: list[str], measured: list[Group], *, docs: bool) -> None:
 def main() -> int:
     """Measure what was asked for. Exit status 1 when a run failed; a missed goal is told, not failed."""
     asked = arguments()
+    # So that what runs is ended and the files are removed.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     wanted = set(filter(None, asked.only.split(",")))
     texts, measured = [facts()], []
     with scratch(TMPFS) as files:
