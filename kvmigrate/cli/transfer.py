@@ -50,8 +50,7 @@ def send(
         enable = [{"capability": "events", "state": True}]
         vm.execute("migrate-set-capabilities", {"capabilities": enable})
         vm.execute("migrate-set-parameters", _parameters(parameters))
-        vm.execute("migrate", {"uri": str(target)})
-        job = _watch(vm, f"sending {name}")
+        job = _watch(vm, f"sending {name}", "migrate", {"uri": str(target)})
     return _conclude(job, MigrationError, as_json=as_json, verbose=verbose)
 
 
@@ -73,8 +72,7 @@ def snapshot(name: str, directory: Path, compress: str, *, paused: bool, as_json
         "compression": str(Compression.parse(compress)),
     }
     with Client.of(name) as vm:
-        vm.execute("x-kvmigrate-snapshot", arguments)
-        job = _watch(vm, f"saving {name}")
+        job = _watch(vm, f"saving {name}", "x-kvmigrate-snapshot", arguments)
     return _conclude(job, SnapshotError, as_json=as_json, verbose=False)
 
 
@@ -94,21 +92,24 @@ def _reason(job: Mapping[str, Any]) -> str:
     return str(told or f"the {job['kind']} ended as {job['status']}")
 
 
-def _watch(vm: Client, what: str) -> Mapping[str, Any]:
-    """Follow the job under way until it ends, with a progress bar; Ctrl-C cancels it. Returns its last report."""
+def _watch(vm: Client, what: str, command: str, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Start a job by ``command`` and follow it until it ends, with a progress bar; Ctrl-C cancels it. Returns its last
+    report."""
+    # The bar comes first: loading what draws it takes a processor that a short blackout needs.
     with _interrupts() as interrupts, _bar() as bar:
         task = bar.add_task(what, total=1.0, round=0, rate="", left="", eta="")
+        vm.execute(command, arguments)
         doubt_since = None
         while True:
+            _pause_until_news(vm)
+            if interrupts:
+                interrupts.clear()
+                vm.execute("x-kvmigrate-cancel")
             job: Mapping[str, Any] = vm.execute("x-kvmigrate-job")
             _draw(bar, task, job)
             doubt_since = (doubt_since or time.monotonic()) if job["status"] == "commit-unknown" else None
             if job["status"] in ENDED or (doubt_since and time.monotonic() - doubt_since > IN_DOUBT_S):
                 return job
-            _pause_until_news(vm)
-            if interrupts:
-                interrupts.clear()
-                vm.execute("x-kvmigrate-cancel")
 
 
 @contextmanager

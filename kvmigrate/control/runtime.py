@@ -109,7 +109,7 @@ def check_name(name: str) -> None:
 
 
 def _lock(path: Path) -> int:
-    """An open, locked descriptor of ``path``. Tried a few times: whoever lists the VMs holds a free lock for a moment."""
+    """An open, locked descriptor of ``path``. Tried a few times: a listing of the VMs locks a free one for a moment."""
     for _ in range(LOCK_TRIES - 1):
         with suppress(ControlError):
             if (fd := _try_lock(path)) >= 0:
