@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import select
 import socket
+import termios
 import time
+from array import array
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,6 +28,7 @@ from ..state.frame import (
 )
 from ..state.section import Value, pack
 from .abort import Abort
+from .wire import Failed
 
 DRAIN_MS = 500.0
 """How long a side that failed goes on reading what is on its way, so that its last word is not lost to a reset."""
@@ -175,6 +179,22 @@ class Channel:
         """Whether the peer has said something, or hung up."""
         return bool(_poll([(self.fd, select.POLLIN)], 0.0))
 
+    def wait_while_draining(self) -> None:
+        """Wait until the peer speaks, as long as it goes on taking what was sent: on a slow link much may be under way.
+
+        Raises :class:`PeerTimeout` once ``timeout_ms`` has passed with neither a word nor a byte taken."""
+        left = self._nr_unacknowledged()
+        while not _poll([(self.fd, select.POLLIN), (self.abort.fd, select.POLLIN)], self.timeout_ms):
+            before, left = left, self._nr_unacknowledged()
+            if left >= before:
+                raise _channel_error(-errno.ETIMEDOUT, self.peer, self.timeout_ms)
+
+    def _nr_unacknowledged(self) -> int:
+        """Bytes that were sent and that the peer's kernel has not taken yet (SIOCOUTQ, tcp(7) and unix(7))."""
+        count = array("i", [0])
+        fcntl.ioctl(self.fd, termios.TIOCOUTQ, count)
+        return count[0]
+
     def pause_until(self, at: float) -> None:
         """Sleep until ``at`` on the monotonic clock, in seconds, unless ``abort`` fires."""
         left_ms = (at - time.monotonic()) * 1e3
@@ -267,6 +287,16 @@ class Channel:
 def unexpected(frame: Frame, state: str) -> UnexpectedFrame:
     """The error for a frame that may not come in ``state``."""
     return UnexpectedFrame(f"the frame {frame.name} may not come while {state}")
+
+
+def expect(channel: Channel, kind: FrameKind, timeout_ms: float | None = None, *, spin: bool = False) -> Frame:
+    """The next frame, which must be of ``kind``; FAILED becomes :class:`PeerFailed`."""
+    frame = channel.recv(timeout_ms, spin=spin)
+    if frame.kind == FrameKind.FAILED:
+        raise Failed.from_payload(frame.payload).to_error(channel.peer)
+    if frame.kind != kind:
+        raise unexpected(frame, f"waiting for {kind.name}")
+    return frame
 
 
 def _poll(watched: list[tuple[int, int]], timeout_ms: float) -> set[int]:

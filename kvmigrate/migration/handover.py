@@ -13,7 +13,7 @@ from ..state.frame import HEADER, FrameKind, check_payload, decode_header, encod
 from ..state.section import encode, pack
 from . import wire
 from .blackout import Stopwatch
-from .channel import Channel, Frame, unexpected
+from .channel import Channel, expect, unexpected
 from .pages import StreamSink
 
 ENDED = (RunState.SHUTDOWN, RunState.INTERNAL_ERROR)
@@ -89,16 +89,6 @@ def commit(channel: Channel, epoch: int, watch: Stopwatch) -> HandedOver | wire.
 def say_done(channel: Channel) -> None:
     """The decision has arrived: the other side may forget it."""
     channel.send_payloads([(FrameKind.DONE, pack({}))])
-
-
-def expect(channel: Channel, kind: FrameKind, timeout_ms: float | None = None, *, spin: bool = False) -> Frame:
-    """The next frame, which must be of ``kind``; FAILED becomes :class:`PeerFailed`."""
-    frame = channel.recv(timeout_ms, spin=spin)
-    if frame.kind == FrameKind.FAILED:
-        raise wire.Failed.from_payload(frame.payload).to_error(channel.peer)
-    if frame.kind != kind:
-        raise unexpected(frame, f"waiting for {kind.name}")
-    return frame
 
 
 def refuse_ended(machine: Migratable) -> None:

@@ -16,7 +16,7 @@ from ..precopy.ledger import RoundRecord
 from ..precopy.rounds import Round, check_round
 from ..state.frame import FLAG_MANDATORY, FrameHeader, FrameKind, encode_header
 from . import wire
-from .channel import Channel
+from .channel import Channel, expect
 
 PAGES_HEAD = struct.Struct("<IIQ")
 PAGES_ZSTD = 1
@@ -47,10 +47,16 @@ class StreamSink:
         self.pages_cleared += round_.handle.pages_cleared
 
     def end_round(self, record: RoundRecord) -> None:
-        """Tell the destination how far it is."""
+        """Tell the destination how far it is, and wait until it is there too.
+
+        Megabytes of a round fit into the sockets' buffers. Were they still under way when the guest is paused, its
+        state would queue behind them (measured: 5 to 20 ms of blackout for 1 GiB)."""
         zero = record.pages_zero + record.pages_cleared
-        round_ = wire.Round(record.round, record.pages_sent, zero, record.bytes_sent)
-        self._channel.send_payloads([(FrameKind.ROUND, round_.to_payload())])
+        payload = wire.Round(record.round, record.pages_sent, zero, record.bytes_sent).to_payload()
+        self._channel.send_payloads([(FrameKind.ROUND, payload)])
+        self._channel.wait_while_draining()
+        if expect(self._channel, FrameKind.ROUND).payload != payload:
+            raise BadField(f"{self._channel.peer} answers for another round than {record.round}")
 
 
 class _Compressor:

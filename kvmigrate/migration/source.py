@@ -39,14 +39,13 @@ from .abort import Abort
 from .address import connect
 from .asking import DECIDED, Resolved, ask_until_decided
 from .blackout import quiet_interpreter
-from .channel import Channel
+from .channel import Channel, expect
 from .handover import (
     ENDED,
     HandedOver,
     Switched,
     commit,
     downtime_parts,
-    expect,
     one_way_ms,
     refuse_ended,
     rehearse,

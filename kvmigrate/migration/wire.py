@@ -9,7 +9,7 @@ integers are at most 64 bits wide, times are microseconds on the clock of the si
       | CONFIG{description} -------------------------> |   builds the machine: slots, vCPUs, memory
       | <-------------------------------------- ACCEPT |   or FAILED
       | PAGES … ROUND{round,…}  (for every round) ---> |   the guest runs here -----
-      |                                                |
+      | <----------------------------- ROUND, the same |   all of the round has been received
       | pause, save                                    |
       | ROUND{…,sections,sections_bytes}, SECTION … -> |   loads and reads back while the last pages travel
       | sync, PAGES … -------------------------------> |

@@ -20,7 +20,7 @@ from tests.fake_machine import MIB, FakeMachine
 from tests.migration.harness import Proxy, Receiving, Watch, check_no_files, check_resumed, migrate
 
 OUT = ["HELLO", "CONFIG", "PAGES", "ROUND", "ROUND", "SECTION", "SECTION", "PAGES", "END", "COMMIT", "DONE"]
-BACK = ["HELLO", "ACCEPT", "READY", "RUNNING"]
+BACK = ["HELLO", "ACCEPT", "ROUND", "READY", "RUNNING"]
 Receive = Callable[..., Receiving]
 
 
