@@ -144,14 +144,14 @@ class _Loader:
 
     def _cpuid(self, where: str) -> None:
         parsed, vcpu = self.parsed, self.vcpu
-        self.fidelity.merge(compare_cpuid(parsed.cpuid, vcpu.offered_cpuid, where))
-        if parsed.cpuid_packed:
-            vcpu.set_cpuid2_packed(parsed.cpuid_packed)
-        held = vcpu.cpuid
-        if held == parsed.cpuid:
+        if not parsed.cpuid_packed:
+            # The vCPU was made with it, and whoever made it compared its features (the machine does, before the guest
+            # has to wait).
             self.fidelity.exact(where)
-        else:
-            _compare_entries(parsed.cpuid, held, self.fidelity, where)
+            return
+        self.fidelity.merge(compare_cpuid(parsed.cpuid, vcpu.offered_cpuid, where))
+        vcpu.set_cpuid2_packed(parsed.cpuid_packed)
+        _compare_entries(parsed.cpuid, vcpu.cpuid, self.fidelity, where)
 
     def _sregs(self, where: str) -> None:
         """In the form with the PDPTRs; a save without them comes here by :meth:`_struct`."""
@@ -229,6 +229,9 @@ def load_vcpu(vcpu: Vcpu, parsed: ParsedVcpu, base: ClockBase) -> Fidelity:
 
 def _compare_entries(saved: list[CpuidEntry], held: list[CpuidEntry], fidelity: Fidelity, where: str) -> None:
     """CPUID entries that the kernel changed, by leaf: bits that follow the guest's own CR4 and MSRs are adjusted."""
+    if held == saved:
+        fidelity.exact(where)
+        return
     now = {(entry["function"], entry["index"]): entry for entry in held}
     for entry in saved:
         leaf = entry["function"], entry["index"]
