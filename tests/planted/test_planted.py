@@ -65,7 +65,7 @@ PLANTED = (
     Fault("run-before-commit", "the destination runs the guest without waiting for COMMIT", NO_COMMIT),
 )
 NOT_PLANTED = {
-    "deadline-before-tsc": "needs a host whose TSC can be set; the order is a rule that tests/kvm checks",
+    "deadline-before-tsc": "it can only be seen on a host whose TSC can be set",
 }
 caught: dict[Fault, Findings] = {}
 
