@@ -13,6 +13,7 @@ from typing import Self
 from .config import Address, MigrationParameters, SnapshotParameters
 from .control.runtime import open_runtime_dir
 from .machine.machine import Machine
+from .machine.rehearsal import rehearse
 from .migration.address import Listener
 from .migration.destination import Destination
 from .migration.source import Source
@@ -80,6 +81,7 @@ def receive(
     Raises the reason when the guest did not arrive: then it still is at its source and nothing of it is here.
     """
     built: list[Machine] = []
+    rehearse()
 
     def build(description: Mapping[str, Value]) -> Machine:
         built.append(Machine.build(description, name=name, serial=serial))

@@ -51,8 +51,8 @@ class Migratable(Protocol):
         ...
 
     def rehearse(self) -> None:
-        """Do once, on something that is thrown away, what :meth:`save` and :meth:`load` will do in the blackout: the
-        first time takes twice as long as the second. The guest may run meanwhile and notices nothing."""
+        """Do what :meth:`save` and :meth:`load` will do in the blackout on something that is thrown away, if this
+        process has not done it before: the first time takes twice as long as the second. The guest may run."""
         ...
 
     def pause(self, reason: RunState) -> None:

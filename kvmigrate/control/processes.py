@@ -13,6 +13,7 @@ from types import FrameType
 from ..config import Address, MachineConfig
 from ..errors import ControlError
 from ..machine.machine import Machine
+from ..machine.rehearsal import rehearse
 from ..migration.address import Listener
 from ..migration.journal import Entry, Journal, Role
 from ..state.fidelity import Fidelity
@@ -82,6 +83,8 @@ def run_incoming(
             machine.start()
             return machine
 
+        # Before a source comes: it would wait for it.
+        rehearse()
         if show is not None:
             session.on_arrival = show
         print(f"kvmigrate: {name} waits for a guest at {listener.address}", file=sys.stderr, flush=True)

@@ -15,6 +15,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -40,6 +41,7 @@ LINGER_S = 30.0
 """How long the process of a guest that moved away waits for its clients to read the result."""
 FIRST_CLIENT_S = 2.0
 """How long it waits for one to come when there is none: a script may dial anew for every question."""
+REHEARSE_AFTER_S = 0.3
 REASON_S = 3.0
 """How long it waits for them when a job was cut short by the guest's end."""
 CANCEL_S = 15.0
@@ -245,10 +247,20 @@ class Session:
             begin(self)
             gc.collect()
             gc.freeze()
+            rehearsal = asyncio.create_task(self._rehearse())
             how = await self._over
+            rehearsal.cancel()
             return await self._wind_down(how)
         finally:
             await self._server.close()
+
+    async def _rehearse(self) -> None:
+        """Prepare the process for a migration, once the guest has got going."""
+        await asyncio.sleep(REHEARSE_AFTER_S)
+        if self.machine is not None:
+            # Should it fail, the migration that tries again will say so.
+            with suppress(KvmigrateError):
+                await asyncio.to_thread(self.machine.rehearse)
 
     def _signalled(self, number: int) -> None:
         """The first signal ends in good order; a second one, sent by someone who will not wait, at once."""

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 
 from ..boot import load_boot
-from ..config import MIN_MEMORY_BYTES, MachineConfig
+from ..config import MachineConfig
 from ..contract import RunState
 from ..devices.end import CRASH, GuestEnd
 from ..errors import ConfigError, StateError
@@ -17,12 +17,13 @@ from ..kvm.vcpu_state import prepare
 from ..memory.dirty import DirtyLog, LogMode
 from ..memory.region import GuestMemory
 from ..state.fidelity import Fidelity
-from ..state.section import Section, Value, decode, encode, pack
+from ..state.section import Section, Value, pack
 from .cpus import PAUSE_TIMEOUT_MS, CpuThreads
 from .description import Description
 from .entry import set_entry
 from .exits import ExitHandler
 from .platform import Platform
+from .rehearsal import rehearse
 from .runstate import RunStateBox
 from .sections import load_sections, save_sections
 
@@ -145,12 +146,8 @@ class Machine:
         self.platform.vm.group.resume()
 
     def rehearse(self) -> None:
-        """See :meth:`Migratable.rehearse`: on a machine of the same vCPUs and hardly any memory."""
-        scratch = Platform(MIN_MEMORY_BYTES, self.description.cpuid, "null", lambda _: None)
-        try:
-            load_sections(scratch, [decode(encode(section)) for section in save_sections(scratch)])
-        finally:
-            scratch.close()
+        """See :meth:`Migratable.rehearse`."""
+        rehearse()
 
     def save(self) -> list[Section]:
         """See :meth:`Migratable.save`."""
