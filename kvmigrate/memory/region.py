@@ -11,6 +11,9 @@ from ..config import PAGE_BYTES
 from ..errors import ConfigError, StateError, check
 from .layout import slots_for
 
+HUGE_PAGES = 512
+"""Pages in a huge page."""
+
 
 @dataclass(frozen=True, slots=True)
 class Slot:
@@ -98,6 +101,23 @@ class GuestMemory:
         words = ffi.cast("uint64_t *", ffi.from_buffer(bitmap))
         check(lib.kmig_memory_resident(self.handle, slot_index, 0, nr_pages, words), "reading /proc/self/pagemap")
         return bitmap
+
+    def resident_runs(self, most: int) -> list[tuple[int, int]]:
+        """Where :meth:`resident_bitmap` has bits, as runs of whole huge pages (first gfn, number of pages) by rising
+        gfn, at most the first ``most`` of them."""
+        runs: list[tuple[int, int]] = []
+        for index, slot in enumerate(self.slots):
+            bitmap = self.resident_bitmap(index)
+            for first in range(0, slot.nr_pages, HUGE_PAGES):
+                if not any(bitmap[first // 8 : (first + HUGE_PAGES) // 8]):
+                    continue
+                gfn, nr_pages = slot.base_gfn + first, min(HUGE_PAGES, slot.nr_pages - first)
+                if runs and sum(runs[-1]) == gfn:
+                    gfn, nr_pages = runs[-1][0], runs.pop()[1] + nr_pages
+                elif len(runs) == most:
+                    return runs
+                runs.append((gfn, nr_pages))
+        return runs
 
     def resident_pages(self) -> int:
         """How many pages may hold anything but zeros."""

@@ -38,6 +38,7 @@ MAX_BYTES: Mapping[int, int] = {
     FrameKind.HELLO: 4 * _KIB,
     FrameKind.CONFIG: 1024 * _KIB,
     FrameKind.ACCEPT: 4 * _KIB,
+    FrameKind.RESIDENT: 128 * _KIB,
     FrameKind.ROUND: 4 * _KIB,
     FrameKind.SECTION: 2048 * _KIB,
     FrameKind.END: 4 * _KIB,
@@ -111,11 +112,11 @@ class Channel:
         """One control frame."""
         self.send_payloads([(kind, pack(value))])
 
-    def send_payloads(self, frames: Iterable[tuple[FrameKind, bytes]]) -> None:
+    def send_payloads(self, frames: Iterable[tuple[FrameKind, bytes]], *, mandatory: bool = True) -> None:
         """Several control frames in one piece."""
         data = bytearray()
         for kind, payload in frames:
-            data += encode_frame(kind, payload, self._sent[0])
+            data += encode_frame(kind, payload, self._sent[0], mandatory=mandatory)
             self._sent[0] += 1
         self.send_raw(data)
 

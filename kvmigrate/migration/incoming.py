@@ -8,6 +8,7 @@ from enum import Enum
 
 from ..contract import Builder, Migratable, RunState
 from ..errors import BadChecksum, BadField
+from ..memory.prefault import Prefault
 from ..state.fidelity import Fidelity
 from ..state.frame import FrameKind
 from ..state.section import Section, Value, decode, unpack
@@ -45,6 +46,7 @@ class Incoming:
         self._take_custody = take_custody
         self._decompressor = Decompressor()
         self._quiet = ExitStack()
+        self._prefault: Prefault | None = None
         self._sections: list[Section] = []
         self._sections_due = 0
         self._load_ms = 0.0
@@ -72,8 +74,14 @@ class Incoming:
         return self.state
 
     def end_blackout(self) -> None:
-        """Give the interpreter back its manners. Idempotent."""
+        """Give the interpreter back its manners, and stop what else was under way. Idempotent."""
         self._quiet.close()
+        self._stop_prefault()
+
+    def _stop_prefault(self) -> None:
+        if self._prefault is not None:
+            self._prefault.stop()
+            self._prefault = None
 
     def run_guest(self) -> None:
         """Let the guest run, or stay paused as it was at the source. Its custody must be committed."""
@@ -107,6 +115,16 @@ class Incoming:
         if description.get("uuid") != self._hello.uuid:
             raise BadField("CONFIG: field 'uuid' is not the one of HELLO")
 
+    def _resident(self, frame: Frame) -> State:
+        runs = wire.Resident.from_payload(frame.payload).runs
+        memory = self._built().memory
+        for gfn, nr_pages in runs:
+            if not any(s.base_gfn <= gfn and gfn + nr_pages <= s.base_gfn + s.nr_pages for s in memory.slots):
+                raise BadField(f"RESIDENT: {nr_pages} pages at gfn {gfn:#x} are not the guest's memory")
+        self._stop_prefault()
+        self._prefault = Prefault(memory, runs)
+        return self.state
+
     def _pages(self, frame: Frame) -> State:
         # Only compressed ones come this far, with their table checked: C has written the others already.
         if "zstd" not in self._hello.features:
@@ -121,6 +139,7 @@ class Incoming:
             # All of the round has been received: the source waits for this before it pauses the guest.
             self._channel.send_payloads([(FrameKind.ROUND, frame.payload)])
             return State.RECEIVING
+        self._stop_prefault()
         self._quiet.enter_context(quiet_interpreter())
         self._sections_due = round_.sections
         self._channel.read_ahead(round_.sections_bytes)
@@ -176,6 +195,7 @@ class Incoming:
 
 STEPS: Mapping[tuple[State, int], Callable[[Incoming, Frame], State]] = {
     (State.GREETED, FrameKind.CONFIG): Incoming._config,
+    (State.RECEIVING, FrameKind.RESIDENT): Incoming._resident,
     (State.RECEIVING, FrameKind.PAGES): Incoming._pages,
     (State.RECEIVING, FrameKind.ROUND): Incoming._round,
     (State.SECTIONS, FrameKind.SECTION): Incoming._section,

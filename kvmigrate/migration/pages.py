@@ -21,8 +21,18 @@ from .channel import Channel, expect
 PAGES_HEAD = struct.Struct("<IIQ")
 PAGES_ZSTD = 1
 RUN_BYTES = 16
+ANNOUNCED_PAGES = 8192
+"""From 32 MiB on touching memory ahead is worth a thread."""
 MAX_WINDOW_BYTES = 8 << 20
 """The most memory a zstd frame may ask of its reader for looking back; a chunk is 1 MiB."""
+
+
+def announce_resident(channel: Channel, memory: GuestMemory) -> None:
+    """Tell the destination where data is about to land, if there is much of it: it touches that memory meanwhile."""
+    runs = memory.resident_runs(wire.MAX_RESIDENT_RUNS)
+    if sum(nr_pages for _, nr_pages in runs) >= ANNOUNCED_PAGES:
+        payload = wire.Resident(tuple(runs)).to_payload()
+        channel.send_payloads([(FrameKind.RESIDENT, payload)], mandatory=False)
 
 
 class StreamSink:

@@ -53,7 +53,7 @@ from .handover import (
     switch_over,
 )
 from .journal import Entry, Journal, Record, Role
-from .pages import StreamSink
+from .pages import StreamSink, announce_resident
 from .status import MigrationResult, Observer, Silence, Status
 
 LAST_WORD_MS = 300.0
@@ -158,6 +158,7 @@ class Source:
         self._machine.rehearse()
         build_ms = self._machine.memory.size_bytes / (1 << 30) * BUILD_MS_PER_GIB
         wire.expect_empty(expect(channel, FrameKind.ACCEPT, timeout_ms + build_ms).payload, FrameKind.ACCEPT)
+        announce_resident(channel, self._machine.memory)
         return channel
 
     def _copy(self, channel: Channel) -> tuple[PreCopy, StreamSink]:

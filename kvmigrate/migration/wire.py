@@ -8,6 +8,7 @@ integers are at most 64 bits wide, times are microseconds on the clock of the si
       | <------ HELLO{format,features,uuid,epoch,name} |   the same uuid and epoch come back
       | CONFIG{description} -------------------------> |   builds the machine: slots, vCPUs, memory
       | <-------------------------------------- ACCEPT |   or FAILED
+      | RESIDENT{runs} ------------------------------> |   a hint, optional: touches that memory ahead
       | PAGES … ROUND{round,…}  (for every round) ---> |   the guest runs here -----
       | <----------------------------- ROUND, the same |   all of the round has been received
       | pause, save                                    |
@@ -26,6 +27,7 @@ The receiver's table. A pair that is not in it is an :class:`UnexpectedFrame` th
     AWAITED     HELLO     GREETED
     AWAITED     QUERY     AWAITED        answered, then that connection is closed
     GREETED     CONFIG    RECEIVING
+    RECEIVING   RESIDENT  RECEIVING
     RECEIVING   PAGES     RECEIVING
     RECEIVING   ROUND     RECEIVING      LOADING when it announces sections
     LOADING     SECTION   LOADING
@@ -73,6 +75,7 @@ from ..state.section import Fields, Value, pack, unpack
 
 FORMAT = 1
 FEATURES = frozenset({"zstd"})
+MAX_RESIDENT_RUNS = 4096
 MAX_SECTIONS = 1024
 MAX_SECTIONS_BYTES = 16 << 20
 MAX_US = 1 << 40
@@ -125,6 +128,28 @@ class Hello:
         )
         fields.done()
         return hello
+
+
+@dataclass(frozen=True, slots=True)
+class Resident:
+    """Which memory is about to come: runs of first gfn and number of pages, by rising gfn."""
+
+    runs: tuple[tuple[int, int], ...]
+
+    def to_payload(self) -> bytes:
+        """The frame\'s payload."""
+        return pack({"runs": [list(run) for run in self.runs]})
+
+    @classmethod
+    def from_payload(cls, payload: bytes) -> Self:
+        """Raises :class:`BadField`."""
+        fields = _fields(payload, FrameKind.RESIDENT)
+        runs = fields.sequence("runs", MAX_RESIDENT_RUNS)
+        fields.done()
+        for run in runs:
+            if type(run) is not list or len(run) != 2 or {*map(type, run)} != {int} or min(run) < 0:
+                raise BadField("RESIDENT: field 'runs' holds something that is no run of pages")
+        return cls(tuple((gfn, nr_pages) for gfn, nr_pages in runs))
 
 
 @dataclass(frozen=True, slots=True)

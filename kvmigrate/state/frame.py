@@ -59,6 +59,7 @@ class FrameKind(IntEnum):
     ANSWER = 12
     DONE = 13
     ACCEPT = 14
+    RESIDENT = 15
     MEMORY_INDEX = 32
 
 

@@ -59,7 +59,8 @@ def test_ready_comes_back_as_it_went(digest: int, nr_hashed: int, load_ms: float
 
 @given(st.binary(max_size=200))
 @pytest.mark.parametrize(
-    "parse", [wire.Hello, wire.Round, wire.End, wire.Ready, wire.Running, wire.Query, wire.Answer, wire.Failed]
+    "parse",
+    [wire.Hello, wire.Resident, wire.Round, wire.End, wire.Ready, wire.Running, wire.Query, wire.Answer, wire.Failed],
 )
 def test_any_bytes_are_a_payload_or_a_stream_error(parse: type[wire.End], payload: bytes) -> None:
     try:
@@ -256,6 +257,15 @@ def test_a_frame_at_the_wrong_time_is_named_with_the_state(
     assert not receiving.ran
     receiving.close()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("run", [(0, 257), (256, 1), (1 << 40, 1), (2**64 - 1, 2**64 - 1)])
+def test_a_hint_at_memory_that_is_none_is_refused(tmp_path: Path, run: tuple[int, int]) -> None:
+    receiving = Receiving(tmp_path)
+    talk(receiving, HELLO, CONFIG, (FrameKind.RESIDENT, wire.Resident((run,)).to_payload()))
+    assert isinstance(receiving.error, BadField), receiving.error
+    assert not receiving.ran
+    receiving.close()
 
 
 @pytest.mark.parametrize(
