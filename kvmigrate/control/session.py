@@ -17,22 +17,24 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ..config import Address, MigrationParameters, SnapshotParameters
 from ..contract import Builder, RunState
 from ..devices.end import CRASH, RESET, GuestEnd
 from ..errors import KvmigrateError, MigrationError, StateError
 from ..machine.machine import Machine
-from ..migration.address import Listener
 from ..state.fidelity import Fidelity
-from .incoming import IncomingJob
 from .job import Job, SnapshotJob, describe
-from .outgoing import MigrationJob
 from .runtime import Claim
 from .server import Server
+
+if TYPE_CHECKING:
+    from ..migration.address import Listener
+    from .incoming import IncomingJob
 
 STATUS_ERROR, STATUS_MOVED, STATUS_STOPPED = 2, 6, 8
 SWITCH_INTERVAL_S = 0.0005
@@ -132,6 +134,8 @@ class Session:
 
     def start_migration(self, address: Address) -> None:
         machine = self._require_machine()
+        from .outgoing import MigrationJob
+
         self._begin(MigrationJob(machine, address, self.parameters, self._claim.directory, self._tell_migration))
 
     def start_snapshot(self, directory: Path, parameters: SnapshotParameters) -> None:
@@ -140,6 +144,8 @@ class Session:
     def receive(self, listener: Listener, builder: Builder, *, paused: bool) -> None:
         """Wait on ``listener`` for a guest that ``builder`` builds and adopts."""
         directory = self._claim.directory
+        from .incoming import IncomingJob
+
         self._begin(IncomingJob(listener, builder, directory, self.name, self._tell_migration, paused=paused))
 
     def _begin(self, job: Job) -> None:
@@ -216,9 +222,9 @@ class Session:
         self._ran = runs
 
     def _job_ended(self, job: Job) -> None:
-        if isinstance(job, IncomingJob):
-            self._guest_arrived(job)
-        elif isinstance(job, MigrationJob) and self.runstate is RunState.POSTMIGRATE:
+        if job.kind == "incoming migration":
+            self._guest_arrived(cast("IncomingJob", job))
+        elif job.kind == "migration" and self.runstate is RunState.POSTMIGRATE:
             self._end(Exit(STATUS_MOVED, f"VM {self.name} has moved to {job.target}", moved=True))
 
     def _guest_arrived(self, job: IncomingJob) -> None:
@@ -255,9 +261,11 @@ class Session:
             await self._server.close()
 
     async def _rehearse(self) -> None:
-        """Prepare the process for a migration, once the guest has got going."""
+        """Prepare the process for a migration, once the guest has got going: neither a restored guest nor a migration
+        should wait for it."""
         await asyncio.sleep(REHEARSE_AFTER_S)
         if self.machine is not None:
+            await asyncio.to_thread(import_module, ".outgoing", __package__)
             # Should it fail, the migration that tries again will say so.
             with suppress(KvmigrateError):
                 await asyncio.to_thread(self.machine.rehearse)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from ..boot.entry import EntryState
+from typing import TYPE_CHECKING
+
 from ..kvm.vcpu import Vcpu
 from ..state.section import Value
+
+if TYPE_CHECKING:
+    from ..boot.entry import EntryState
 
 
 def set_entry(vcpu: Vcpu, entry: EntryState) -> None:

@@ -6,7 +6,6 @@ import base64
 import threading
 from collections.abc import Callable, Mapping, Sequence
 
-from ..boot import load_boot
 from ..config import MachineConfig
 from ..contract import RunState
 from ..devices.end import CRASH, GuestEnd
@@ -54,6 +53,9 @@ class Machine:
 
         Raises :class:`ConfigError` for an image that cannot be booted, :class:`HostError` when the host refuses.
         """
+        # Not at the top: a machine that is restored or received does without, and should not wait for it.
+        from ..boot import load_boot
+
         if config.boot is None:
             raise ConfigError("a machine needs an image to boot")
         with System.open() as system:
