@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from ..config import BootConfig, MachineConfig, parse_boot, parse_size
+from ..config import BootConfig, ClockPolicy, MachineConfig, parse_boot, parse_size
 from . import report
 from .address import parse_address
 
@@ -49,9 +49,13 @@ def receive(address: str, name: str, serial: str, paused: bool, verbose: bool) -
     return processes.run_incoming(listen_at, name or default_name(), serial, paused=paused, show=show)
 
 
-def restore(directory: Path, name: str, serial: str, paused: bool, verbose: bool) -> int:
+def restore(
+    directory: Path, name: str, serial: str, clone: bool, clock: ClockPolicy, paused: bool, verbose: bool
+) -> int:
     """Restore a snapshot and stay with the guest. Returns the exit status."""
     from ..control import processes
 
     show = report.restored if verbose else None
-    return processes.run_restored(directory, name or default_name(), serial, paused=paused, show=show)
+    return processes.run_restored(
+        directory, name or default_name(), serial, paused=paused, show=show, clone=clone, clock=clock
+    )

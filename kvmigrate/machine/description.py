@@ -44,6 +44,10 @@ class Description:
     def renamed(self, name: str) -> Description:
         return replace(self, name=name)
 
+    def cloned(self) -> Description:
+        """As another guest: with a uuid of its own, by which nobody takes it for the saved one."""
+        return replace(self, uuid=str(uuid.uuid4()))
+
     def require_devices(self, mine: Mapping[str, int]) -> None:
         """Raise :class:`RestoreRefused` unless this host's machine has exactly these devices, at least as new."""
         for name in sorted(self.devices.keys() | mine.keys()):

@@ -7,10 +7,10 @@ import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 
-from ..config import MachineConfig
+from ..config import ClockPolicy, MachineConfig
 from ..contract import RunState
 from ..devices.end import CRASH, GuestEnd
-from ..devices.power import POWER_BUTTON
+from ..devices.power import NEW_GENERATION, POWER_BUTTON
 from ..errors import ConfigError, StateError
 from ..kvm.cpuid import guest_cpuid
 from ..kvm.system import System
@@ -23,6 +23,7 @@ from .cpus import PAUSE_TIMEOUT_MS, CpuThreads
 from .description import Description
 from .entry import set_entry
 from .exits import ExitHandler
+from .generation import write_generation
 from .platform import Platform
 from .rehearsal import rehearse
 from .runstate import RunStateBox
@@ -37,6 +38,7 @@ class Machine:
     """
 
     def __init__(self, description: Description, serial: str, state: RunState, log_mode: LogMode | None = None) -> None:
+        self._clock = ClockPolicy.CONTINUE
         self._end: GuestEnd | None = None
         self._ended = threading.Event()
         self._runstate = RunStateBox(state)
@@ -80,16 +82,22 @@ class Machine:
         name: str | None = None,
         serial: str = "null",
         log_mode: LogMode | None = None,
+        clone: bool = False,
+        clock: ClockPolicy = ClockPolicy.CONTINUE,
     ) -> Machine:
         """The empty machine that :meth:`describe` described elsewhere, in INMIGRATE: load its state, then resume.
 
-        ``name`` replaces the described one. Raises :class:`BadField` for a description that cannot be,
+        ``name`` replaces the described one; a ``clone`` is another guest than the described one; ``clock`` is what its
+        clocks will make of the time since the save. Raises :class:`BadField` for a description that cannot be,
         :class:`RestoreRefused` when this host lacks a CPU feature that the guest knows of, :class:`HostError`.
         """
         description = Description.from_value(value)
         if name is not None:
             description = description.renamed(name)
+        if clone:
+            description = description.cloned()
         machine = cls(description, serial, RunState.INMIGRATE, log_mode)
+        machine._clock = clock
         try:
             machine.platform.compare_cpuid().require()
             description.require_devices(machine.description.devices)
@@ -154,6 +162,12 @@ class Machine:
         """Ask the guest's system to shut down, by an ACPI event: what it does is its own matter."""
         self.platform.power.raise_event(POWER_BUTTON)
 
+    def new_generation(self) -> None:
+        """Tell the guest, loaded and not run yet, that it goes on from a past that others may share: after every
+        restore, never after a live migration. Linux then draws new random numbers."""
+        if write_generation(self.memory):
+            self.platform.power.raise_event(NEW_GENERATION)
+
     def rehearse(self) -> None:
         """See :meth:`Migratable.rehearse`."""
         rehearse()
@@ -164,7 +178,7 @@ class Machine:
 
     def load(self, sections: Sequence[Section]) -> Fidelity:
         """See :meth:`Migratable.load`."""
-        return load_sections(self.platform, sections)
+        return load_sections(self.platform, sections, count_downtime=self._clock is ClockPolicy.HOST)
 
     def digest(self) -> dict[str, Value]:
         """All of a paused guest for comparison: the XXH3-64 of each page and every section, as JSON can carry them."""
