@@ -7,7 +7,7 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-from . import cpio, image, kernel
+from . import cpio, guest, image, kernel
 from .host import Outcome, boot
 
 CACHE = image.ROOT / "build" / "emulated"
@@ -31,6 +31,6 @@ def run(command: str, directory: Path, timeout_s: float) -> Outcome:
 def _key(linux: kernel.Kernel) -> str:
     """Changes with anything that the base is made of."""
     packages = sorted(f"{one.name} {one.version}" for one in metadata.distributions())
-    sources = [Path(str(module.__file__)).read_text() for module in (image, cpio, kernel)]
+    sources = [Path(str(module.__file__)).read_text() for module in (image, cpio, guest, kernel)]
     parts = [sys.version, str(image.python()), linux.image.name, *packages, *sources]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
