@@ -52,6 +52,7 @@ class VirtioBlock(VirtioDevice):
         return features | (F_DISCARD | F_WRITE_ZEROES if self._can_discard else 0)
 
     def config(self) -> bytes:
+        """``struct virtio_blk_config``."""
         return _CONFIG.pack(
             self._disk.nr_sectors,
             0,

@@ -81,6 +81,7 @@ class VirtioDevice(Device):
     # Guest accesses
 
     def read(self, offset: int, size: int) -> int:
+        """A register, or some of the configuration."""
         with self._lock:
             if offset >= reg.CONFIG:
                 config, at = self.config(), offset - reg.CONFIG
@@ -89,6 +90,7 @@ class VirtioDevice(Device):
             return self._register(offset) if size == 4 else 0
 
     def write(self, offset: int, size: int, value: int) -> None:
+        """A register; no device here has configuration that can be written."""
         with self._lock:
             if size == 4 and offset < reg.CONFIG:
                 self._set_register(offset, value)
