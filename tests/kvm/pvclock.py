@@ -1,4 +1,4 @@
-"""kvmclock as a guest reads it (KVM msr.rst, MSR_KVM_SYSTEM_TIME_NEW), and a guest that does nothing but keep it fresh."""
+"""kvmclock as a guest reads it (KVM msr.rst, MSR_KVM_SYSTEM_TIME_NEW), and a guest that does nothing but refresh it."""
 
 from __future__ import annotations
 
