@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
+import threading
 from importlib import metadata
 from pathlib import Path
 
@@ -11,21 +12,32 @@ from . import cpio, guest, image, kernel
 from .host import Outcome, boot
 
 CACHE = image.ROOT / "build" / "emulated"
+_building = threading.Lock()
 
 
-def run(command: str, directory: Path, timeout_s: float) -> Outcome:
-    """Boot a fresh host that runs ``command`` with kvmigrate installed. ``directory`` keeps what it leaves."""
+def run(command: str, directory: Path, timeout_s: float, *more: str) -> Outcome:
+    """Boot a fresh host that runs ``command`` with kvmigrate installed. ``directory`` keeps what it leaves; ``more`` goes
+    to QEMU."""
+    job = directory / "job.cpio"
+    # One at a time: a build writes beside the sources.
+    with _building:
+        linux, base = prepare()
+        image.write_job(job, linux, image.build_wheel(directory), command)
+    return boot(linux.image, [base, job], directory, timeout_s, *more)
+
+
+def prepare() -> tuple[kernel.Kernel, Path]:
+    """The host's kernel, and the archive that all hosts have in common; what is there already is kept."""
     CACHE.mkdir(parents=True, exist_ok=True)
     linux = kernel.fetch(CACHE)
-    base, job = CACHE / f"base-{_key(linux)}.cpio", directory / "job.cpio"
+    base = CACHE / f"base-{_key(linux)}.cpio"
     if not base.exists():
         for old in CACHE.glob("base-*"):
             old.unlink()
         beside = base.with_suffix(".new")
         image.write_base(beside, linux)
         beside.rename(base)
-    image.write_job(job, linux, image.build_wheel(directory), command)
-    return boot(linux.image, [base, job], directory, timeout_s)
+    return linux, base
 
 
 def _key(linux: kernel.Kernel) -> str:
