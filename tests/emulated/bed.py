@@ -16,8 +16,8 @@ _building = threading.Lock()
 
 
 def run(command: str, directory: Path, timeout_s: float, *more: str) -> Outcome:
-    """Boot a fresh host that runs ``command`` with kvmigrate installed. ``directory`` keeps what it leaves; ``more`` goes
-    to QEMU."""
+    """Boot a fresh host that runs ``command`` with kvmigrate installed. ``directory`` keeps what it leaves; ``more`` is
+    for QEMU."""
     job = directory / "job.cpio"
     # One at a time: a build writes beside the sources.
     with _building:
