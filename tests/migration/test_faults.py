@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from kvmigrate.contract import RunState
-from kvmigrate.errors import Cancelled, CommitUnknown, HostError, MigrationError, PeerFailed, PeerTimeout
+from kvmigrate.errors import Cancelled, CommitUnknown, ConfigError, HostError, MigrationError, PeerFailed, PeerTimeout
 from kvmigrate.migration.status import Status
 from tests.fake_machine import FakeMachine
 from tests.migration.harness import (
@@ -166,6 +166,18 @@ def test_a_lost_done_changes_nothing(
     receiving.join()
     assert receiving.ran
     check_never_two(source_machine, receiving)
+
+
+def test_a_source_whose_disks_the_destination_still_holds_goes_on_when_they_come_back(
+    tmp_path: Path, source_machine: FakeMachine, receive: Receive
+) -> None:
+    receiving = receive()
+    source_machine.faults.once |= {"save": HostError("KVM_save", 5), "resume": ConfigError("a disk is in use")}
+    outcome = migrate(source_machine, receiving.address, tmp_path)
+    assert isinstance(outcome.error, HostError)
+    check_resumed(source_machine)
+    receiving.join()
+    assert "KVM_save" in str(receiving.error), "the destination is told the reason"
 
 
 @pytest.mark.parametrize("where", ["pause", "save"])
