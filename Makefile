@@ -14,7 +14,7 @@ CORE_SOURCES := $(wildcard kvmigrate/csrc/*.[ch] kvmigrate/csrc/*/*.h kvmigrate/
 	kvmigrate/_build.py setup.py
 
 .DEFAULT_GOAL := help
-.PHONY: help deps deps-test build dev demo test lint bench evidence docs clean
+.PHONY: help deps deps-test build dev demo test test-hosts lint bench evidence docs clean
 
 help: ## List what can be made
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS='	' read -r name text; \
@@ -51,6 +51,9 @@ lint: dev ## ruff and mypy --strict
 
 test: deps-test dev lint ## Set up everything, run all tests
 	@$(BIN)/pytest $(PYTEST_ARGS)
+
+test-hosts: deps-test dev ## Move Linux a hundred times between two emulated hosts; takes hours
+	@KVMIGRATE_HOPS=$${KVMIGRATE_HOPS:-100} $(BIN)/pytest tests/emulated/test_two_hosts.py $(PYTEST_ARGS)
 
 bench: deps-test dev ## Measure against QEMU on this machine; prints tables, writes build/bench.json
 	@$(BIN)/python -m tests.bench $(BENCH_ARGS)
