@@ -19,6 +19,7 @@ SELECTED = (
     "tests/kvm/test_run.py::test_string_io_comes_with_its_count",
     "tests/machine/test_machine.py::test_power_off_ends_with_status_0_after_the_serial_output",
     "tests/machine/test_machine.py::test_a_triple_fault_is_a_crash_that_is_named",
+    "tests/kvm/test_clock_policy.py::test_vcpus_with_one_tsc_offset_get_one_again",
     "tests/emulated/inside/moving.py",
     "tests/emulated/inside/clocks.py",
 )

@@ -11,7 +11,7 @@ from contextlib import ExitStack
 
 from kvmigrate.kvm.vm_state import load_state, save_state
 from tests.kvm.moving import over_the_wire
-from tests.kvm.pvclock import PvClock, guest_clock_ns, run_a_while, with_kvmclock
+from tests.kvm.pvclock import PvClock, guest_clock_ns, guest_tsc, run_a_while, with_kvmclock
 from tests.kvm.tiny import TinyVm, tiny
 
 NR_MOVES = 5
@@ -60,21 +60,11 @@ def test_neither_clock_goes_back_over_many_moves() -> None:
         for _ in range(NR_MOVES):
             run_a_while(here)
             clock += [PvClock.read(here).system_time, guest_clock_ns(here)]
-            tsc.append(here.cpu.get_msrs([TSC])[TSC])
+            tsc.append(guest_tsc(here))
             there = stack.enter_context(tiny())
             move(here, there, 0.0)
+            # Not more than the guest will see there: KVM lets an unstable TSC go on from its last exit at each ioctl.
             tsc.append(there.cpu.get_msrs([TSC])[TSC])
             here = there
     assert clock == sorted(clock)
     assert tsc == sorted(tsc)
-
-
-def test_a_second_vcpu_keeps_its_distance() -> None:
-    with tiny(2) as source, tiny(2) as target:
-        with_kvmclock(source)
-        run_a_while(source)
-        before = [vcpu.get_tsc_offset() for vcpu in source.vm.vcpus]
-        move(source, target, 0.2)
-        after = [vcpu.get_tsc_offset() for vcpu in target.vm.vcpus]
-        # Both are moved by one and the same base, and not by two readings of the time.
-        assert (after[1] - after[0]) % (1 << 64) == (before[1] - before[0]) % (1 << 64)
