@@ -123,6 +123,30 @@ def parse_boot(text: str) -> tuple[str, int]:
 
 
 @dataclass(frozen=True, slots=True)
+class DiskConfig:
+    """A disk: what the guest knows it by, and the raw image or block device behind it."""
+
+    name: str
+    path: Path
+    read_only: bool = False
+
+    def __post_init__(self) -> None:
+        # As long as GET_ID can say (virtio 1.2, 5.2.6), so that a guest finds it under /dev/disk/by-id.
+        if not NAME_PATTERN.fullmatch(self.name) or len(self.name) > 20:
+            what = f"{self.name!r:.80} is not a disk's name"
+            raise ConfigError(f"{what}: use letters, digits, dot, dash and underscore, at most 20")
+
+    @classmethod
+    def parse(cls, text: str) -> DiskConfig:
+        """``NAME=PATH`` or ``NAME=PATH,ro``. Raises :class:`ConfigError`."""
+        name, _, path = text.partition("=")
+        bare = path.removesuffix(",ro")
+        if not bare:
+            raise ConfigError(f"{text!r} is not a disk: write NAME=PATH, or NAME=PATH,ro for a read-only one")
+        return cls(name, Path(bare), bare != path)
+
+
+@dataclass(frozen=True, slots=True)
 class MachineConfig:
     """A machine: its name, its size and where its serial port goes. Raises :class:`ConfigError` when built wrong."""
 
@@ -131,8 +155,12 @@ class MachineConfig:
     nr_cpus: int = 1
     serial: str = "stdio"
     boot: BootConfig | None = None
+    disks: tuple[DiskConfig, ...] = ()
 
     def __post_init__(self) -> None:
+        names = [disk.name for disk in self.disks]
+        if len(set(names)) != len(names):
+            raise ConfigError(f"two disks have one name among {', '.join(names)}: give each its own")
         if not NAME_PATTERN.fullmatch(self.name):
             raise ConfigError(f"{self.name!r} is not a name: use letters, digits, dot, dash and underscore, at most 63")
         if self.memory_bytes % PAGE_BYTES or not MIN_MEMORY_BYTES <= self.memory_bytes <= MAX_MEMORY_BYTES:

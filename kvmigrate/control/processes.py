@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 
-from ..config import Address, ClockPolicy, MachineConfig
+from ..config import Address, ClockPolicy, DiskConfig, MachineConfig
 from ..errors import ControlError
 from ..machine.machine import Machine
 from ..machine.rehearsal import rehearse
@@ -49,6 +49,7 @@ def run_restored(
     directory: Path,
     name: str,
     serial: str,
+    disks: Sequence[DiskConfig] = (),
     *,
     paused: bool = False,
     show: ShowFidelity | None = None,
@@ -61,7 +62,7 @@ def run_restored(
     from ..snapshot.load import restore
 
     def build(value: Mapping[str, Value]) -> Machine:
-        return Machine.build(value, name=name, serial=serial, clone=clone, clock=clock)
+        return Machine.build(value, name=name, serial=serial, disks=disks, clone=clone, clock=clock)
 
     with _session(name, held=None if clone else directory) as session:
         restored = restore(directory, build)
@@ -84,14 +85,20 @@ def _restart(machine: Machine, *, paused: bool) -> None:
 
 
 def run_incoming(
-    address: Address, name: str, serial: str, *, paused: bool = False, show: ShowFidelity | None = None
+    address: Address,
+    name: str,
+    serial: str,
+    disks: Sequence[DiskConfig] = (),
+    *,
+    paused: bool = False,
+    show: ShowFidelity | None = None,
 ) -> int:
     """Wait at ``address`` for one guest, take it over and stay until it ends."""
     with _session(name) as session:
         listener = Listener(address)
 
         def build(value: Mapping[str, Value]) -> Machine:
-            machine = Machine.build(value, name=name, serial=serial)
+            machine = Machine.build(value, name=name, serial=serial, disks=disks)
             session.adopt(machine)
             # Its threads are there before the source pauses: they would cost time in the blackout.
             machine.start()

@@ -22,8 +22,10 @@ SELECTED = (
     "tests/kvm/test_clock_policy.py::test_vcpus_with_one_tsc_offset_get_one_again",
     "tests/emulated/inside/moving.py",
     "tests/emulated/inside/clocks.py",
+    "tests/emulated/inside/linux.py",
+    "tests/emulated/inside/storage.py",
 )
-LEAST_TESTS = 14
+LEAST_TESTS = 19
 
 pytestmark = pytest.mark.timeout(TIMEOUT_S + 120)
 
