@@ -14,7 +14,7 @@ attempt to synchronise (Linux bf328e22e472). The formula is step 6 of Documentat
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .._core import lib
 from ..state.fidelity import Fidelity
@@ -30,20 +30,31 @@ _FLAGS: int = lib.KVM_CLOCK_TSC_STABLE | lib.KVM_CLOCK_REALTIME | lib.KVM_CLOCK_
 
 @dataclass(frozen=True, slots=True)
 class ClockBase:
-    """One instant on both hosts: kvmclock in ns and host TSC in cycles, at the save and after the load."""
+    """One instant on both hosts: kvmclock in ns and host TSC in cycles, at the save and after the load. ``ahead`` are
+    cycles by which every vCPU's TSC is moved on, so that none goes back."""
 
     saved_clock_ns: int
     saved_host_tsc: int
     clock_ns: int
     host_tsc: int
+    ahead: int = 0
 
     def moved_offset(self, offset: int, tsc_khz: int) -> int:
         """The TSC offset here of a vCPU that had ``offset`` there, modulo 2**64."""
-        return (offset + self.elapsed(tsc_khz) + self.saved_host_tsc - self.host_tsc) % (1 << 64)
+        return (offset + self.elapsed(tsc_khz) + self.ahead + self.saved_host_tsc - self.host_tsc) % (1 << 64)
 
     def elapsed(self, tsc_khz: int) -> int:
         """The cycles of a guest's TSC between both."""
         return (self.clock_ns - self.saved_clock_ns) * tsc_khz // 1_000_000
+
+    def not_back(self, offset: int, value: int, tsc_khz: int) -> ClockBase:
+        """For a source whose TSC is unstable: there KVM sets a vCPU's offset anew at every ioctl, so that its TSC goes
+        on from the guest's last exit (Linux, kvm_arch_vcpu_load), and an offset that was read after the clock makes
+        less of the TSC than the guest has seen. ``value`` is that vCPU's own. All vCPUs are moved by the same, which
+        keeps the distance of those that had one offset."""
+        back = (value - offset - self.saved_host_tsc) % (1 << 64)
+        # More than a second is no such lag but an offset that says nothing of the TSC.
+        return replace(self, ahead=max(self.ahead, back)) if back <= tsc_khz * 1000 else self
 
 
 def save_clock(vm: Vm) -> dict[str, Value]:
@@ -67,6 +78,11 @@ class ParsedClock:
 
     clock: dict[str, Value]
     host_tsc: int
+
+    @property
+    def stable(self) -> bool:
+        """Whether KVM derived kvmclock from a TSC that all vCPUs have in common."""
+        return bool(self.clock["flags"] & lib.KVM_CLOCK_TSC_STABLE)
 
 
 def parse_clock(fields: Fields, where: str) -> ParsedClock:

@@ -70,6 +70,9 @@ def load_state(vm: Vm, body: Value, vcpu_bodies: Sequence[Value], *, count_downt
         return fidelity
     states = [parse_vcpu(vcpu, saved) for vcpu, saved in zip(vm.vcpus, vcpu_bodies, strict=True)]
     base = load_clock(vm, parsed.clock, fidelity, count_downtime=count_downtime)
+    for tsc in () if parsed.clock.stable else [state.tsc for state in states]:
+        if tsc.offset is not None:
+            base = base.not_back(tsc.offset, tsc.value, tsc.khz)
     for vcpu, state in zip(vm.vcpus, states, strict=True):
         fidelity.merge(load_vcpu(vcpu, state, base))
     load_chips(vm, parsed, fidelity)

@@ -10,7 +10,7 @@ from .bed import run
 from .host import Outcome
 
 TIMEOUT_S = 900
-# The kvm layer's state, real mode, a live migration and a snapshot: what differs from one back-end to another.
+# The kvm layer's state, real mode, clocks, a live migration and a snapshot: what differs from one back-end to another.
 SELECTED = (
     "tests/kvm/test_state.py::test_save_load_save_is_equal_but_for_the_clocks",
     "tests/kvm/test_state.py::test_every_register_arrives_under_its_name",
@@ -19,11 +19,13 @@ SELECTED = (
     "tests/kvm/test_run.py::test_string_io_comes_with_its_count",
     "tests/machine/test_machine.py::test_power_off_ends_with_status_0_after_the_serial_output",
     "tests/machine/test_machine.py::test_a_triple_fault_is_a_crash_that_is_named",
+    "tests/kvm/test_clock_policy.py::test_vcpus_with_one_tsc_offset_get_one_again",
     "tests/emulated/inside/moving.py",
+    "tests/emulated/inside/clocks.py",
     "tests/emulated/inside/linux.py",
     "tests/emulated/inside/storage.py",
 )
-LEAST_TESTS = 15
+LEAST_TESTS = 19
 
 pytestmark = pytest.mark.timeout(TIMEOUT_S + 120)
 

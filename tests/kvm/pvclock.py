@@ -1,11 +1,12 @@
-"""kvmclock as a guest reads it (KVM msr.rst, MSR_KVM_SYSTEM_TIME_NEW), and a guest that does nothing but refresh it."""
+"""kvmclock as a guest reads it (KVM msr.rst, MSR_KVM_SYSTEM_TIME_NEW), and a guest that reads its TSC for ever."""
 
 from __future__ import annotations
 
 import struct
+import time
 from dataclasses import dataclass
 
-from .tiny import TinyVm
+from .tiny import TinyVm, wait_until
 
 PAGE = 0x20000
 STAMP = 0x21000
@@ -46,5 +47,22 @@ def with_kvmclock(vm: TinyVm) -> None:
 
 def guest_clock_ns(vm: TinyVm) -> int:
     """The latest time that a parked guest of :func:`with_kvmclock` has seen."""
-    [stamp] = struct.unpack("<Q", vm.memory.read(STAMP, 8))
-    return PvClock.read(vm).at(stamp)
+    return PvClock.read(vm).at(guest_tsc(vm))
+
+
+def guest_tsc(vm: TinyVm) -> int:
+    """The latest TSC that such a guest has seen."""
+    return int.from_bytes(vm.memory.read(STAMP, 8), "little")
+
+
+def run_a_while(vm: TinyVm, seconds: float = 0.005) -> None:
+    """Let the guest read its TSC anew, and park it."""
+    before = vm.memory.read(STAMP, 8)
+    if not vm.threads:
+        vm.start()
+    vm.group.resume()
+    time.sleep(seconds)
+    wait_until(lambda: vm.memory.read(STAMP, 8) != before)
+    vm.group.pause()
+    if vm.errors:
+        raise vm.errors[0]

@@ -27,6 +27,21 @@ def test_an_offset_below_zero_wraps_as_the_kernels_does() -> None:
     assert base.moved_offset(0, 1_000_000) == (1 << 64) - 10**12
 
 
+def test_a_tsc_that_lagged_when_its_offset_was_read_is_moved_on_and_all_others_with_it() -> None:
+    base = ClockBase(saved_clock_ns=0, saved_host_tsc=10**12, clock_ns=0, host_tsc=5)
+    second = base.not_back(0, 10**12 - 7, 10**6).not_back(0, 10**12 + 3000, 10**6).not_back(0, 10**12 + 10, 10**6)
+    assert second.ahead == 3000
+    assert [second.moved_offset(offset, 10**6) - base.moved_offset(offset, 10**6) for offset in (100, 200)] == [
+        3000
+    ] * 2
+
+
+def test_an_offset_that_has_nothing_to_do_with_the_tsc_moves_nothing() -> None:
+    base = ClockBase(0, 10**12, 0, 5)
+    assert base.not_back(0, 10**12 + 2 * 10**9, 10**6) == base
+    assert base.not_back(0, 0, 10**6) == base
+
+
 def load_with_khz(factor: float) -> Fidelity:
     with tiny() as source, tiny() as target:
         vm, vcpus = over_the_wire(save_state(source.vm))
