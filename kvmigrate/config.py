@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,9 @@ PAGE_BYTES = 4096
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:iB|B)?", re.IGNORECASE)
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(us|ms|s|min|m)?")
+# At most 15 characters, as the kernel takes them (dev_valid_name), and none that an option would be cut at.
+_INTERFACE = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9._-]{1,15}")
+_MAC = re.compile(r"[0-9a-fA-F]{2}(?::[0-9a-fA-F]{2}){5}", re.ASCII)
 _UNIT_BYTES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _UNIT_MS = {None: 1.0, "us": 0.001, "ms": 1.0, "s": 1000.0, "m": 60000.0, "min": 60000.0}
 MAX_CPUS = 64
@@ -111,6 +115,53 @@ def parse_boot(text: str) -> tuple[str, int]:
         return method, int(addr, 0) if addr else 0x7C00
     except ValueError:
         raise ConfigError(f"{addr!r} is not an address: write flat@0x7c00") from None
+
+
+@dataclass(frozen=True, slots=True)
+class NetConfig:
+    """A network device, ``name`` to the user, before the tap ``interface`` of this host. Without a ``mac`` the guest
+    gets one of its own when it is made, or keeps the one that it has."""
+
+    name: str
+    interface: str
+    mac: bytes | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> NetConfig:
+        """``NAME=tap:IF[,mac=XX:XX:XX:XX:XX:XX]``. Raises :class:`ConfigError`."""
+        head, *options = text.split(",")
+        name, _, place = head.partition("=")
+        kind, _, interface = place.partition(":")
+        if kind != "tap" or not NAME_PATTERN.fullmatch(name) or not _INTERFACE.fullmatch(interface):
+            raise ConfigError(f"{text!r} is not a network: write NAME=tap:INTERFACE or NAME=tap:INTERFACE,mac=MAC")
+        mac = None
+        for option in options:
+            key, _, value = option.partition("=")
+            if key != "mac" or mac is not None:
+                raise ConfigError(f"{option!r} is no option of a network: there is only mac=MAC")
+            mac = parse_mac(value)
+        return cls(name, interface, mac)
+
+
+def parse_mac(text: str) -> bytes:
+    """``52:54:00:12:34:56`` as bytes. Raises :class:`ConfigError` unless it is the address of one station."""
+    if not _MAC.fullmatch(text):
+        raise ConfigError(f"{text!r} is not a MAC address: write it like 52:54:00:12:34:56")
+    mac = bytes.fromhex(text.replace(":", ""))
+    if not is_station(mac):
+        raise ConfigError(f"{text} is not the address of one station: take one whose first byte is even, not all zeros")
+    return mac
+
+
+def is_station(mac: bytes) -> bool:
+    """Whether ``mac`` can belong to one network card: not to a group, and not zero."""
+    return len(mac) == 6 and not mac[0] & 1 and any(mac)
+
+
+def random_mac() -> bytes:
+    """A locally administered MAC address (IEEE 802, 8.4) that nobody else is likely to have."""
+    drawn = os.urandom(6)
+    return bytes((drawn[0] & 0xFC | 0x02,)) + drawn[1:]
 
 
 @dataclass(frozen=True, slots=True)
