@@ -82,4 +82,7 @@ void kmig_virtio_break(struct kmig_virtio *device);
 uint64_t kmig_iov_read(const struct iovec *iov, uint32_t nr, uint64_t offset, void *data, uint64_t size_bytes);
 uint64_t kmig_iov_write(const struct iovec *iov, uint32_t nr, uint64_t offset, const void *data, uint64_t size_bytes);
 
+// The iovecs of size_bytes at `offset` of nr iovecs; ret has room for nr. How many there are.
+uint32_t kmig_iov_slice(const struct iovec *iov, uint32_t nr, uint64_t offset, uint64_t size_bytes, struct iovec *ret);
+
 #endif
