@@ -5,18 +5,25 @@ It keeps a ring's rules only as far as a test wants it to: addresses, lengths an
 
 from __future__ import annotations
 
+import os
 import socket
 import struct
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from kvmigrate._core import ffi, lib
+from kvmigrate.devices.virtio import registers as reg
+from kvmigrate.devices.virtio.net import FEATURES, Net
 from kvmigrate.memory.region import GuestMemory
 
 NEXT, WRITE, INDIRECT = 1, 2, 4
 SIZE = 64
 RX, TX, CTRL = range(3)
 NO_HEADER = bytes(12)
+MAC = bytes.fromhex("525400123456")
+BUFFERS = 0x100000
+BUFFER_BYTES = 2048
+MEMORY_BYTES = 8 << 20
 WAIT_S = 10.0
 
 
@@ -71,10 +78,75 @@ class Ring:
         return found
 
 
-def wait_for(condition: object, what: str) -> None:
+class Driver:
+    """A device that a driver has set up with ``features``, on ``memory``; ``fd`` is its tap."""
+
+    def __init__(self, memory: GuestMemory, fd: int, features: int = FEATURES) -> None:
+        self.memory = memory
+        self.net = Net("net-lan", memory, os.dup(fd), MAC)
+        self.features = features | reg.F_VERSION_1
+        self.rings = [Ring(memory, 0x10000 * (at + 1)) for at in range(3)]
+        self.next_buffer = BUFFERS
+
+    def set_up(self) -> None:
+        """What a driver does when it finds a device (3.1.1)."""
+        self.set(reg.STATUS, reg.ACKNOWLEDGE | reg.DRIVER)
+        for word in range(2):
+            self.set(reg.DRIVER_FEATURES_SEL, word)
+            self.set(reg.DRIVER_FEATURES, self.features >> 32 * word & 0xFFFFFFFF)
+        self.set(reg.STATUS, reg.ACKNOWLEDGE | reg.DRIVER | reg.FEATURES_OK)
+        for at, ring in enumerate(self.rings):
+            self.set(reg.QUEUE_SEL, at)
+            self.set(reg.QUEUE_NUM, ring.size)
+            for offset, (part, shift) in reg.QUEUE_ADDRESSES.items():
+                self.set(offset, getattr(ring, part) >> shift & 0xFFFFFFFF)
+            self.set(reg.QUEUE_READY, 1)
+        self.set(reg.STATUS, reg.ACKNOWLEDGE | reg.DRIVER | reg.FEATURES_OK | reg.DRIVER_OK)
+        self.net.resume()
+
+    def set(self, offset: int, value: int) -> None:
+        self.net.write(offset, 4, value)
+
+    def get(self, offset: int) -> int:
+        return self.net.read(offset, 4)
+
+    def kick(self, queue: int) -> None:
+        self.set(reg.QUEUE_NOTIFY, queue)
+
+    def broken(self) -> bool:
+        return bool(self.get(reg.STATUS) & reg.NEEDS_RESET)
+
+    def status(self) -> int:
+        """Of the card, as its configuration space has it."""
+        return self.net.read(reg.CONFIG + 6, 2)
+
+    def buffer(self, size_bytes: int = BUFFER_BYTES) -> int:
+        """Guest memory that no other buffer lies in, on pages of its own."""
+        gpa = self.next_buffer
+        self.next_buffer += (size_bytes + 4095) // 4096 * 4096
+        return gpa
+
+    def send(self, *frames: bytes) -> None:
+        """Queue frames, header and all, in one buffer each, then kick once."""
+        for frame in frames:
+            gpa = self.buffer(len(frame))
+            self.memory.write(gpa, frame)
+            self.rings[TX].put((gpa, len(frame), 0))
+        self.kick(TX)
+
+    def offer(self, nr: int, size_bytes: int = BUFFER_BYTES) -> list[int]:
+        """Give the device ``nr`` buffers to receive into; where they are, in their order."""
+        found = [self.buffer(size_bytes) for _ in range(nr)]
+        for gpa in found:
+            self.rings[RX].put((gpa, size_bytes, WRITE))
+        self.kick(RX)
+        return found
+
+
+def wait_for(condition: Callable[[], bool], what: str) -> None:
     """Wait for what the device's thread is about to do."""
     end = time.monotonic() + WAIT_S
-    while not condition():  # type: ignore[operator]
+    while not condition():
         assert time.monotonic() < end, f"never: {what}"
         time.sleep(0.001)
 
