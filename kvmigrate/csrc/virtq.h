@@ -13,7 +13,7 @@
 //
 // The guest is hostile and writes into the ring while we look: everything is read once, checked, then used. A driver that
 // breaks the rules has its device marked broken (DEVICE_NEEDS_RESET and a configuration interrupt, 2.1.2); pop then finds
-// nothing more.
+// nothing more. For a request that makes no sense (a header cut short, no room for a reply) call kmig_virtio_break.
 #ifndef KMIG_VIRTQ_H
 #define KMIG_VIRTQ_H
 
@@ -74,9 +74,6 @@ void kmig_virtq_notify(struct kmig_virtio *device, uint32_t index);
 
 // Mark the first size_bytes of nr iovecs in guest memory dirty: for bytes written that `written` above does not cover.
 void kmig_virtio_mark(struct kmig_virtio *device, const struct iovec *iov, uint32_t nr, uint64_t size_bytes);
-
-// The request makes no sense (a header cut short, a read-only buffer where a reply must go): mark the device broken.
-void kmig_virtio_break(struct kmig_virtio *device);
 
 // Copy size_bytes at `offset` of nr iovecs out of or into them; how many bytes there were. Writing marks nothing dirty.
 uint64_t kmig_iov_read(const struct iovec *iov, uint32_t nr, uint64_t offset, void *data, uint64_t size_bytes);

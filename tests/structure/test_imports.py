@@ -16,7 +16,7 @@ ROWS: dict[str, tuple[int, set[str] | None]] = {
     "guests": (1, set()),
     "kvm": (2, {"_core", "state"}),
     "memory": (3, {"_core", "kvm"}),
-    "devices": (4, {"memory", "state"}),
+    "devices": (4, {"_core", "memory", "state"}),
     "boot": (5, {"kvm", "memory"}),
     "contract": (5, {"memory", "state"}),
     "machine": (6, {"kvm", "memory", "devices", "boot", "contract", "state"}),

@@ -52,6 +52,9 @@ void kmig_virtio_reset(struct kmig_virtio *device);
 // Raise KMIG_VIRTIO_ISR_… bits: set them, then signal irq_fd.
 void kmig_virtio_interrupt(struct kmig_virtio *device, uint32_t bits);
 
+// The driver broke the rules: mark the device broken, with a configuration interrupt (2.1.2).
+void kmig_virtio_break(struct kmig_virtio *device);
+
 // InterruptACK.
 void kmig_virtio_ack(struct kmig_virtio *device, uint32_t bits);
 
