@@ -53,9 +53,7 @@ def network(tap: tuple[socket.socket, socket.socket]) -> socket.socket:
 
 
 @pytest.fixture
-def new_driver(
-    memory: GuestMemory, tap: tuple[socket.socket, socket.socket]
-) -> Iterator[Callable[[int], Driver]]:
+def new_driver(memory: GuestMemory, tap: tuple[socket.socket, socket.socket]) -> Iterator[Callable[[int], Driver]]:
     drivers: list[Driver] = []
 
     def make(features: int = FEATURES) -> Driver:

@@ -1,7 +1,7 @@
-"""A network card (virtio 1.2, 5.1) before a tap. Its packets go by a thread in C (csrc/virtio_net.c), its control queue too.
+"""A network card (virtio 1.2, 5.1) before a tap. Its packets and commands go by a thread in C (csrc/virtio_net.c).
 
-What moves with it: whether its driver still has to announce itself. The packets that it had in hand are the network's to
-lose; those that its driver had queued lie in guest memory and are sent by the other side.
+What moves with it: whether its driver still has to announce itself. The packets that it had in hand are the network's
+to lose; those that its driver had queued lie in guest memory and are sent by the other side.
 """
 
 from __future__ import annotations
@@ -102,17 +102,20 @@ class Net(VirtioDevice):
             self._net.status &= ~lib.KMIG_NET_S_ANNOUNCE
             self._net.nr_announce = 0
 
-    def save(self) -> dict[str, Value]:
+    def own_state(self) -> dict[str, Value]:
         """``announce`` is the bit of the status that the driver has not acknowledged yet; the link is the host's."""
-        return super().save() | {"announce": bool(self._net.status & lib.KMIG_NET_S_ANNOUNCE)}
+        return {"announce": bool(self._net.status & lib.KMIG_NET_S_ANNOUNCE)}
+
+    def check_own_state(self, fields: Fields) -> None:
+        """Raises ``BadField``."""
+        fields.boolean("announce")
 
     def load(self, body: Value) -> None:
         """Raises ``BadField`` for what no driver could have made of this card, and changes nothing then."""
-        own = {"announce": body["announce"]} if isinstance(body, dict) and "announce" in body else {}
-        announce = Fields(own, self.name).boolean("announce")
-        super().load({key: value for key, value in body.items() if key not in own})
+        super().load(body)
+        announce: int = lib.KMIG_NET_S_ANNOUNCE if body["announce"] else 0
         with self._lock:
-            self._net.status = self._net.status & ~lib.KMIG_NET_S_ANNOUNCE | announce * lib.KMIG_NET_S_ANNOUNCE
+            self._net.status = self._net.status & ~lib.KMIG_NET_S_ANNOUNCE | announce
             self._moved = True
 
     def close(self) -> None:
