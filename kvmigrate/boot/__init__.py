@@ -8,6 +8,7 @@ from ..memory.region import GuestMemory
 from .detect import detect
 from .entry import EntryState
 from .flat import load_flat
+from .hardware import Hardware, VirtioSlot
 from .image import MAX_IMAGE_BYTES, Image, read_image
 from .linux import load_linux
 from .multiboot import load_multiboot
@@ -17,17 +18,21 @@ from .pvh import load_pvh
 MAX_CMDLINE_BYTES = 16 << 10
 LOADERS = {"linux": load_linux, "multiboot": load_multiboot, "pvh": load_pvh}
 
-__all__ = ["EntryState", "load_boot"]
+__all__ = ["EntryState", "Hardware", "VirtioSlot", "load_boot"]
 
 
-def load_boot(memory: GuestMemory, boot: BootConfig, memory_bytes: int) -> EntryState:
+def load_boot(
+    memory: GuestMemory, boot: BootConfig, memory_bytes: int, hardware: Hardware | None = None
+) -> EntryState:
     """Load ``boot`` into guest ``memory`` of ``memory_bytes``, all zero so far, and say how the first vCPU starts.
+
+    ``hardware`` is what the ACPI tables of a Linux or PVH guest tell of the machine.
 
     All is checked before the first byte is written. Raises :class:`ConfigError`, naming the file.
     """
     image = read_image(boot.image, "image", MAX_IMAGE_BYTES)
     initrd = read_image(boot.initrd, "initrd", memory_bytes) if boot.initrd else None
-    plan = LoadPlan(image, memory_bytes)
+    plan = LoadPlan(image, memory_bytes, hardware)
     entry = _load(plan, boot, initrd)
     plan.write(memory)
     return entry

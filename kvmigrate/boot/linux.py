@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from ..config import PAGE_BYTES
 from ..memory.layout import HOLE_START
+from .acpi import place_acpi
 from .entry import EntryState, gdt, long_mode
 from .image import Image
 from .plan import HIGH_RAM, LoadPlan, memory_map
@@ -27,7 +28,7 @@ ENTRY_64_OFFSET = 0x200
 UNDEFINED_LOADER = 0xFF
 NORMAL_VIDEO_MODE = 0xFFFF
 TYPE_OF_LOADER_AT, VID_MODE_AT, CODE32_START_AT, RAMDISK_AT, CMD_LINE_PTR_AT = 0x210, 0x1FA, 0x214, 0x218, 0x228
-E820_ENTRIES_AT, E820_TABLE_AT = 0x1E8, 0x2D0
+ACPI_RSDP_AT, E820_ENTRIES_AT, E820_TABLE_AT = 0x070, 0x1E8, 0x2D0
 MAPPED_GIB = 4
 PRESENT, WRITABLE, LARGE = 1 << 0, 1 << 1, 1 << 7
 ENTRIES = 512
@@ -87,7 +88,7 @@ def load_linux(plan: LoadPlan, initrd: Image | None, cmdline: bytes) -> EntrySta
     plan.place(load_gpa, _protected_mode_code(image, header), "the kernel", header.init_size)
     ramdisk = _place_initrd(plan, header, initrd)
     cmdline_gpa = plan.place_low(cmdline + b"\0", "the command line")
-    zero_page = _zero_page(plan, load_gpa, ramdisk, cmdline_gpa)
+    zero_page = _zero_page(plan, load_gpa, ramdisk, cmdline_gpa, place_acpi(plan))
     zero_page_gpa = plan.place_low(zero_page, "the zero page", align=PAGE_BYTES)
     table = plan.place_low(gdt(long=True), "the GDT")
     return long_mode(table, _place_page_tables(plan), load_gpa + ENTRY_64_OFFSET, rsi=zero_page_gpa)
@@ -132,7 +133,7 @@ def _place_initrd(plan: LoadPlan, header: SetupHeader, initrd: Image | None) -> 
     return gpa, len(initrd.data)
 
 
-def _zero_page(plan: LoadPlan, load_gpa: int, ramdisk: tuple[int, int], cmdline_gpa: int) -> bytes:
+def _zero_page(plan: LoadPlan, load_gpa: int, ramdisk: tuple[int, int], cmdline_gpa: int, rsdp_gpa: int) -> bytes:
     """struct boot_params: zero but for the setup header, with the loader's fields filled in, and the E820 map."""
     page = bytearray(PAGE_BYTES)
     # The header ends where the jump at 0x200, which leads over it, leads to.
@@ -143,6 +144,7 @@ def _zero_page(plan: LoadPlan, load_gpa: int, ramdisk: tuple[int, int], cmdline_
     struct.pack_into("<I", page, CODE32_START_AT, load_gpa)
     struct.pack_into("<II", page, RAMDISK_AT, *ramdisk)
     struct.pack_into("<I", page, CMD_LINE_PTR_AT, cmdline_gpa)
+    struct.pack_into("<Q", page, ACPI_RSDP_AT, rsdp_gpa)
     entries = memory_map(plan.memory_bytes)
     page[E820_ENTRIES_AT] = len(entries)
     for at, entry in enumerate(entries):

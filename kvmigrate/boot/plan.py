@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from ..config import PAGE_BYTES
 from ..memory.layout import HOLE_START, slots_for
 from ..memory.region import GuestMemory
+from .hardware import Hardware
 from .image import Image
 
 LOW_RAM_END = 0x9FC00
@@ -50,11 +51,13 @@ def memory_map(memory_bytes: int) -> list[tuple[int, int, int]]:
 
 
 class LoadPlan:
-    """Pieces for a guest with ``memory_bytes`` of RAM, which is all zero so far. Errors name ``image``'s file."""
+    """Pieces for a guest with ``memory_bytes`` of RAM, which is all zero so far. Errors name ``image``'s file;
+    ``hardware`` is what the guest's firmware tables will tell."""
 
-    def __init__(self, image: Image, memory_bytes: int) -> None:
+    def __init__(self, image: Image, memory_bytes: int, hardware: Hardware | None = None) -> None:
         self.image = image
         self.memory_bytes = memory_bytes
+        self.hardware = hardware or Hardware()
         self._pieces: list[Piece] = []
 
     def place(self, gpa: int, data: bytes | memoryview, what: str, size_bytes: int | None = None) -> None:

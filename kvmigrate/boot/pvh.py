@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import struct
 
+from .acpi import place_acpi
 from .elf import Elf, notes, parse_elf, place_elf
 from .entry import EntryState, gdt, protected_mode
 from .image import Image
@@ -60,7 +61,7 @@ def _place_start_info(plan: LoadPlan, initrd: Image | None, cmdline: bytes) -> i
         int(initrd is not None),
         modules,
         plan.place_low(cmdline + b"\0", "the command line"),
-        0,
+        place_acpi(plan),
         plan.place_low(b"".join(entries), "the memory map"),
         len(entries),
         0,

@@ -182,6 +182,14 @@ def cancel(name: Name) -> int:
 
 
 @app.command()
+def powerdown(name: Name) -> int:
+    """Press the power button of the guest NAME. Its own system then shuts it down, or not."""
+    from . import query
+
+    return query.command(name, "system_powerdown", "power button pressed")
+
+
+@app.command()
 def stop(name: Name) -> int:
     """End the guest NAME and its process."""
     from . import query

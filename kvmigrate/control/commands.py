@@ -43,6 +43,7 @@ class Vm(Protocol):
     async def pause(self) -> None: ...
     async def resume(self) -> None: ...
     async def digest(self) -> Mapping[str, Any]: ...
+    def press_power_button(self) -> None: ...
     def quit(self) -> None: ...
     def start_migration(self, address: Address) -> None: ...
     def cancel_job(self) -> None: ...
@@ -100,6 +101,11 @@ async def _cont(vm: Vm, _: Arguments) -> object:
 
 async def _quit(vm: Vm, _: Arguments) -> object:
     vm.quit()
+    return {}
+
+
+async def _system_powerdown(vm: Vm, _: Arguments) -> object:
+    vm.press_power_button()
     return {}
 
 
@@ -203,6 +209,8 @@ _ROWS: tuple[Command[Vm], ...] = (
     Command("stop", _stop, "pause the guest", states=_STOPPABLE, with_job=False),
     Command("cont", _cont, "let it run (again)", states=LIVE, with_job=False),
     Command("quit", _quit, "end the guest and the process; its exit status is 8"),
+    Command("system_powerdown", _system_powerdown, "press the power button; the guest's system decides what it does",
+            states=frozenset({RunState.RUNNING})),
     Command("system_reset", _system_reset, "always refused, with the reason"),
     Command("migrate", _migrate, "start a live migration", _MIGRATE, LIVE, with_job=False),
     Command("migrate_cancel", _migrate_cancel, "stop it; succeeds even when none is under way"),

@@ -129,6 +129,9 @@ class Session:
         finally:
             self._busy = ""
 
+    def press_power_button(self) -> None:
+        self._require_machine().press_power_button()
+
     def quit(self) -> None:
         self._end(Exit(STATUS_STOPPED, f"VM {self.name} was stopped by the operator", "host-qmp-quit"))
 

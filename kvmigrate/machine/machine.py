@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import base64
+import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 
 from ..config import MachineConfig
 from ..contract import RunState
 from ..devices.end import CRASH, GuestEnd
+from ..devices.power import POWER_BUTTON
 from ..errors import ConfigError, StateError
 from ..kvm.cpuid import guest_cpuid
 from ..kvm.system import System
@@ -54,7 +56,7 @@ class Machine:
         Raises :class:`ConfigError` for an image that cannot be booted, :class:`HostError` when the host refuses.
         """
         # Not at the top: a machine that is restored or received does without, and should not wait for it.
-        from ..boot import load_boot
+        from ..boot import Hardware, load_boot
 
         if config.boot is None:
             raise ConfigError("a machine needs an image to boot")
@@ -62,7 +64,8 @@ class Machine:
             cpuid = tuple(guest_cpuid(system.supported_cpuid(), at, config.nr_cpus) for at in range(config.nr_cpus))
         machine = cls(Description.new(config, cpuid), config.serial, RunState.PRELAUNCH, log_mode)
         try:
-            entry = load_boot(machine.memory, config.boot, config.memory_bytes)
+            hardware = Hardware(config.nr_cpus, generation=os.urandom(16))
+            entry = load_boot(machine.memory, config.boot, config.memory_bytes, hardware)
             set_entry(machine.platform.vm.vcpus[0], entry)
         except BaseException:
             machine.close()
@@ -146,6 +149,10 @@ class Machine:
             vcpu.kvmclock_ctrl()
         self.cpus.start()
         self.platform.vm.group.resume()
+
+    def press_power_button(self) -> None:
+        """Ask the guest's system to shut down, by an ACPI event: what it does is its own matter."""
+        self.platform.power.raise_event(POWER_BUTTON)
 
     def rehearse(self) -> None:
         """See :meth:`Migratable.rehearse`."""

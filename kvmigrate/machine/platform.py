@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from ..devices import cmos, debug_exit, i8042, port92, poweroff, serial
+from ..devices import cmos, debug_exit, i8042, port92, power, poweroff, pvpanic, serial
 from ..devices.backends import Backend, open_backend
 from ..devices.bus import Device, MmioBus, PioBus
 from ..devices.end import GuestEnd
@@ -71,6 +71,7 @@ class Platform:
 
     def _wire(self, memory_bytes: int, backend: Backend, end: Callable[[GuestEnd], None]) -> dict[str, Device]:
         com1 = serial.Serial(lambda level: self.vm.irq_line(serial.IRQ, level), backend)
+        self.power = power.Power(end, lambda level: self.vm.irq_line(power.IRQ, level))
         parts: list[tuple[Device, int, int]] = [
             (com1, serial.PORT, serial.NR_PORTS),
             (cmos.Cmos(memory_bytes, len(self.vm.vcpus)), cmos.PORT, cmos.NR_PORTS),
@@ -79,6 +80,8 @@ class Platform:
             (port92.Port92(end), port92.PORT, port92.NR_PORTS),
             (debug_exit.DebugExit(end), debug_exit.PORT, debug_exit.NR_PORTS),
             (poweroff.PowerOff(end), poweroff.PORT, poweroff.NR_PORTS),
+            (self.power, power.PORT, power.NR_PORTS),
+            (pvpanic.PvPanic(end), pvpanic.PORT, pvpanic.NR_PORTS),
         ]
         for device, port, nr_ports in parts:
             self.pio.add(device, port, nr_ports)

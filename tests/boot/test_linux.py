@@ -92,7 +92,8 @@ def test_zero_page_has_the_kernels_header_and_the_loaders_fields(load: Load, tmp
     header = image.read_bytes()
     page = guest.read(guest.regs["rsi"], 4096)
     assert guest.regs["rsi"] % 4096 == 0
-    assert page[:0x1E8] == bytes(0x1E8), "all else is zero, the sentinel too"
+    assert guest.read(zero_page_field(guest, 0x70, "Q"), 8) == b"RSD PTR "
+    assert page[:0x70] == bytes(0x70) and page[0x78:0x1E8] == bytes(0x170), "all else is zero, the sentinel too"
     assert page[0x1E9:0x1F1] == bytes(8)
     end = 0x202 + header[0x201]
     changed = {*range(0x1FA, 0x1FC), 0x210, *range(0x214, 0x220), *range(0x228, 0x22C)}

@@ -46,6 +46,9 @@ class FakeVm:
     async def digest(self) -> Mapping[str, Any]:
         raise RuntimeError("the hash machine\nis broken")
 
+    def press_power_button(self) -> None:
+        self.log.append("power button")
+
     def quit(self) -> None:
         self.log.append("quit")
 

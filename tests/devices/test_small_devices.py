@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from kvmigrate.devices import debug_exit, i8042, port92, poweroff
+from kvmigrate.devices import debug_exit, i8042, port92, power, poweroff, pvpanic
 from kvmigrate.devices.bus import Device, MmioBus, PioBus
 from kvmigrate.devices.debug_exit import DebugExit
 from kvmigrate.devices.end import GuestEnd
 from kvmigrate.devices.i8042 import I8042
 from kvmigrate.devices.port92 import Port92
+from kvmigrate.devices.power import Power
 from kvmigrate.devices.poweroff import PowerOff
+from kvmigrate.devices.pvpanic import PvPanic
 from kvmigrate.errors import BadField, BadVersion, ConfigError
 from kvmigrate.state.section import Section
 
@@ -25,6 +27,10 @@ class Board:
         end = self.ends.append
         self.add(DebugExit(end), (debug_exit.PORT, debug_exit.NR_PORTS))
         self.add(PowerOff(end), (poweroff.PORT, poweroff.NR_PORTS))
+        self.levels: list[bool] = []
+        self.power = Power(end, self.levels.append)
+        self.add(self.power, (power.PORT, power.NR_PORTS))
+        self.add(PvPanic(end), (pvpanic.PORT, pvpanic.NR_PORTS))
         self.add(Port92(end), (port92.PORT, port92.NR_PORTS))
         self.add(I8042(end), (i8042.DATA_PORT, 1), (i8042.COMMAND_PORT, 1))
 

@@ -25,8 +25,8 @@ ID_BYTES = 20
 class VirtioBlock(VirtioDevice):
     """A disk called ``image.name``. The caller locks, unlocks and closes the image.
 
-    A file can discard, on a disk that may be written. A block device cannot: a discard there would need to be offered or
-    not by what each host's device can do, and a guest must find the same after it moved.
+    A file can discard, on a disk that may be written. A block device cannot: whether it is offered would depend on what
+    each host's device can do, and a guest must find the same after it moved.
     """
 
     device_id = DEVICE_ID
@@ -52,6 +52,7 @@ class VirtioBlock(VirtioDevice):
         return features | (F_DISCARD | F_WRITE_ZEROES if self._can_discard else 0)
 
     def config(self) -> bytes:
+        """``struct virtio_blk_config``."""
         return _CONFIG.pack(
             self._disk.nr_sectors,
             0,

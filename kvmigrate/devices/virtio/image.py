@@ -39,9 +39,8 @@ class DiskImage:
         except OSError as error:
             if error.errno not in (errno.EAGAIN, errno.EACCES):
                 raise HostError(f"disk {self.name}: locking {self.path}", error.errno or 0) from error
-            raise ConfigError(
-                f"disk {self.name}: {self.path} is in use by another VM: stop that one, or open the disk with ,ro in both"
-            ) from error
+            what = f"disk {self.name}: {self.path} is in use by another VM"
+            raise ConfigError(f"{what}: stop that one, or open the disk with ,ro in both") from error
 
     def unlock(self) -> None:
         """Let another VM take it; nothing may be written from now on. Idempotent."""

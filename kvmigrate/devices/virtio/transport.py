@@ -1,14 +1,15 @@
 """The registers of a virtio-mmio device (virtio 1.2, 4.2.2), and what every virtio device saves.
 
-The driver sets a device up through these registers; from DRIVER_OK on, the device's thread, one call into C, works on the
-queues in guest memory. Until then the thread is parked, so the registers may change the queues freely.
+The driver sets a device up through these registers; from DRIVER_OK on, the device's thread, one call into C, works on
+the queues in guest memory. Until then the thread is parked, so the registers may change the queues freely.
 """
 
 from __future__ import annotations
 
 import threading
 from abc import abstractmethod
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 from ..._core import ffi, lib
 from ...errors import check
@@ -23,8 +24,8 @@ WINDOW_BYTES = 0x200
 
 
 class VirtioDevice(Device):
-    """One virtio device on ``memory``, paused. A subclass says what it is, and calls this last when it is made, since its
-    thread starts here: :meth:`close` it before ``memory``.
+    """One virtio device on ``memory``, paused. A subclass says what it is, and calls this last when it is made, since
+    its thread starts here: :meth:`close` it before ``memory``.
     """
 
     max_access_bytes = 4
@@ -39,7 +40,8 @@ class VirtioDevice(Device):
         created = ffi.new("struct kmig_virtio **")
         check(lib.kmig_virtio_create(memory.handle, self.nr_queues, created), f"making the device {name}")
         self.handle: Any = created[0]
-        self._clear()
+        self._status = self._driver_features = self._generation = 0
+        self._device_features_sel = self._driver_features_sel = self._queue_sel = 0
         self._thread = threading.Thread(target=self.serve, name=name, daemon=True)
         self._thread.start()
 
@@ -79,6 +81,7 @@ class VirtioDevice(Device):
     # Guest accesses
 
     def read(self, offset: int, size: int) -> int:
+        """A register, or some of the configuration."""
         with self._lock:
             if offset >= reg.CONFIG:
                 config, at = self.config(), offset - reg.CONFIG
@@ -87,29 +90,36 @@ class VirtioDevice(Device):
             return self._register(offset) if size == 4 else 0
 
     def write(self, offset: int, size: int, value: int) -> None:
+        """A register; no device here has configuration that can be written."""
         with self._lock:
             if size == 4 and offset < reg.CONFIG:
                 self._set_register(offset, value)
 
     def _register(self, offset: int) -> int:
-        fixed = {reg.MAGIC: reg.MAGIC_VALUE, reg.VERSION: 2, reg.DEVICE_ID: self.device_id, reg.VENDOR: reg.VENDOR_ID}
-        if offset in fixed:
-            return fixed[offset]
-        if offset == reg.DEVICE_FEATURES:
-            return self._word(self.offered, self._device_features_sel)
-        if offset == reg.STATUS:
-            return self._status | (reg.NEEDS_RESET if self.handle.broken else 0)
-        if offset == reg.INTERRUPT_STATUS:
-            return int(self.handle.isr)
-        if offset == reg.CONFIG_GENERATION:
-            return self._generation
-        if offset in reg.SHM_REGISTERS:
-            # No region of shared memory exists: its length and base read as all ones (4.2.2).
-            return 0xFFFFFFFF
+        reader = self._readers.get(offset)
+        return reader(self) if reader is not None else 0
+
+    def _read_status(self) -> int:
+        return self._status | (reg.NEEDS_RESET if self.handle.broken else 0)
+
+    def _read_ready(self) -> int:
         queue = self._queue()
-        if offset == reg.QUEUE_NUM_MAX:
-            return self.queue_max if queue is not None else 0
-        return int(queue.ready) if offset == reg.QUEUE_READY and queue is not None else 0
+        return int(queue.ready) if queue is not None else 0
+
+    _readers: ClassVar[dict[int, Callable[[VirtioDevice], int]]] = {
+        reg.MAGIC: lambda _: reg.MAGIC_VALUE,
+        reg.VERSION: lambda _: 2,
+        reg.DEVICE_ID: lambda self: self.device_id,
+        reg.VENDOR: lambda _: reg.VENDOR_ID,
+        reg.DEVICE_FEATURES: lambda self: self._word(self.offered, self._device_features_sel),
+        reg.QUEUE_NUM_MAX: lambda self: self.queue_max if self._queue() is not None else 0,
+        reg.QUEUE_READY: _read_ready,
+        reg.INTERRUPT_STATUS: lambda self: int(self.handle.isr),
+        reg.STATUS: _read_status,
+        # No region of shared memory exists: its length and base read as all ones (4.2.2).
+        **dict.fromkeys(reg.SHM_REGISTERS, lambda _: 0xFFFFFFFF),
+        reg.CONFIG_GENERATION: lambda self: self._generation,
+    }
 
     def _set_register(self, offset: int, value: int) -> None:
         if offset == reg.QUEUE_NOTIFY:
@@ -215,20 +225,23 @@ class VirtioDevice(Device):
     def save(self) -> dict[str, Value]:
         """Registers and queues. What is in the rings lies in guest memory."""
         with self._lock:
-            return Saved(
-                status=self._status,
-                device_features_sel=self._device_features_sel,
-                driver_features_sel=self._driver_features_sel,
-                driver_features=self._driver_features,
-                queue_sel=self._queue_sel,
-                generation=self._generation,
-                isr=int(self.handle.isr),
-                broken=bool(self.handle.broken),
-                queues=[
-                    {name: int(getattr(self.handle.queue[at], name)) for name in reg.QUEUE_FIELDS}
-                    for at in range(self.nr_queues)
-                ],
-            ).to_value() | self.own_state()
+            return (
+                Saved(
+                    status=self._status,
+                    device_features_sel=self._device_features_sel,
+                    driver_features_sel=self._driver_features_sel,
+                    driver_features=self._driver_features,
+                    queue_sel=self._queue_sel,
+                    generation=self._generation,
+                    isr=int(self.handle.isr),
+                    broken=bool(self.handle.broken),
+                    queues=[
+                        {name: int(getattr(self.handle.queue[at], name)) for name in reg.QUEUE_FIELDS}
+                        for at in range(self.nr_queues)
+                    ],
+                ).to_value()
+                | self.own_state()
+            )
 
     def load(self, body: Value) -> None:
         """Raises ``BadField`` for what no driver could have made of these registers."""

@@ -1,0 +1,1 @@
+"""Virtio devices against a driver that is a few lines of Python; no KVM is needed."""

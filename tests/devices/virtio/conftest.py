@@ -1,0 +1,82 @@
+"""A disk of 1 MiB with a driver in front of it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from kvmigrate.devices.virtio.block import VirtioBlock
+from kvmigrate.devices.virtio.image import DiskImage, open_disk
+from kvmigrate.memory.region import GuestMemory
+
+from .driver import DATA_GPA, WRITE, Buffer, Driver, block_header
+
+DISK_BYTES = 1 << 20
+STATUS_GPA = DATA_GPA + 0x8000
+READ_GPA = DATA_GPA + 0x10000
+
+
+class Disk:
+    """One disk: its image's path, its device and its driver."""
+
+    def __init__(self, path: Path, read_only: bool = False, memory_bytes: int = 1 << 20) -> None:
+        self.path = path
+        self.memory = GuestMemory(memory_bytes)
+        self.image: DiskImage = open_disk("root", path, read_only)
+        self.device = VirtioBlock(self.memory, self.image)
+        self.driver = Driver(self.memory, self.device)
+
+    def request(
+        self,
+        kind: int,
+        sector: int,
+        data: bytes = b"",
+        into: int = 0,
+        *,
+        at: int = READ_GPA,
+        indirect: bool = False,
+    ) -> int:
+        """One request with ``data`` for the device, or with room for ``into`` bytes at ``at``; returns its status."""
+        self.driver.put(DATA_GPA, block_header(kind, sector) + data)
+        self.driver.put(STATUS_GPA, b"\xff")
+        buffers: list[Buffer] = [(DATA_GPA, 16, 0)]
+        buffers += [(DATA_GPA + 16, len(data), 0)] if data else []
+        buffers += [(at, into, WRITE)] if into else []
+        self.driver.send([*buffers, (STATUS_GPA, 1, WRITE)], indirect=indirect)
+        self.driver.wait_used()
+        return self.driver.take(STATUS_GPA, 1)[0]
+
+    def close(self) -> None:
+        self.device.close()
+        self.image.close()
+        self.memory.close()
+
+
+@pytest.fixture
+def image_path(tmp_path: Path) -> Path:
+    path = tmp_path / "root.img"
+    path.write_bytes(random.Random(1).randbytes(DISK_BYTES))
+    return path
+
+
+@pytest.fixture
+def new_disk(image_path: Path) -> Iterator[Callable[..., Disk]]:
+    disks: list[Disk] = []
+
+    def make(path: Path = image_path, **options: object) -> Disk:
+        disks.append(Disk(path, **options))  # type: ignore[arg-type]
+        return disks[-1]
+
+    yield make
+    for disk in disks:
+        disk.close()
+
+
+@pytest.fixture
+def disk(new_disk: Callable[..., Disk]) -> Disk:
+    made = new_disk()
+    made.driver.start()
+    return made
