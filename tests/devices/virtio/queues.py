@@ -1,4 +1,4 @@
-"""The driver's side of a network device, on guest memory that no guest runs in, with a socket in the tap's place.
+"""The driver's side of a device with several queues: a network card with a socket in the tap's place, a balloon.
 
 It keeps a ring's rules only as far as a test wants it to: addresses, lengths and flags are written as they are given.
 """
@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from kvmigrate.devices.virtio import registers as reg
 from kvmigrate.devices.virtio.net import FEATURES, Net
+from kvmigrate.devices.virtio.transport import VirtioDevice
 from kvmigrate.memory.region import GuestMemory
 
 NEXT, WRITE, INDIRECT = 1, 2, 4
@@ -78,14 +79,13 @@ class Ring:
         return found
 
 
-class Driver:
-    """A device that a driver has set up with ``features``, on ``memory``; ``fd`` is its tap."""
+class QueuesDriver:
+    """Drives ``device``, which is closed with it, with all its queues."""
 
-    def __init__(self, memory: GuestMemory, fd: int, features: int = FEATURES) -> None:
-        self.memory = memory
-        self.net = Net("net-lan", memory, os.dup(fd), MAC)
+    def __init__(self, memory: GuestMemory, device: VirtioDevice, features: int) -> None:
+        self.memory, self.device = memory, device
         self.features = features | reg.F_VERSION_1
-        self.rings = [Ring(memory, 0x10000 * (at + 1)) for at in range(3)]
+        self.rings = [Ring(memory, 0x10000 * (at + 1)) for at in range(device.nr_queues)]
         self.next_buffer = BUFFERS
 
     def set_up(self) -> None:
@@ -102,13 +102,13 @@ class Driver:
                 self.set(offset, getattr(ring, part) >> shift & 0xFFFFFFFF)
             self.set(reg.QUEUE_READY, 1)
         self.set(reg.STATUS, reg.ACKNOWLEDGE | reg.DRIVER | reg.FEATURES_OK | reg.DRIVER_OK)
-        self.net.resume()
+        self.device.resume()
 
     def set(self, offset: int, value: int) -> None:
-        self.net.write(offset, 4, value)
+        self.device.write(offset, 4, value)
 
     def get(self, offset: int) -> int:
-        return self.net.read(offset, 4)
+        return self.device.read(offset, 4)
 
     def kick(self, queue: int) -> None:
         self.set(reg.QUEUE_NOTIFY, queue)
@@ -116,15 +116,23 @@ class Driver:
     def broken(self) -> bool:
         return bool(self.get(reg.STATUS) & reg.NEEDS_RESET)
 
-    def status(self) -> int:
-        """Of the card, as its configuration space has it."""
-        return self.net.read(reg.CONFIG + 6, 2)
-
     def buffer(self, size_bytes: int = BUFFER_BYTES) -> int:
         """Guest memory that no other buffer lies in, on pages of its own."""
         gpa = self.next_buffer
         self.next_buffer += (size_bytes + 4095) // 4096 * 4096
         return gpa
+
+
+class Driver(QueuesDriver):
+    """Drives a network card before the tap ``fd``."""
+
+    def __init__(self, memory: GuestMemory, fd: int, features: int = FEATURES) -> None:
+        self.net = Net("net-lan", memory, os.dup(fd), MAC)
+        super().__init__(memory, self.net, features)
+
+    def status(self) -> int:
+        """Of the card, as its configuration space has it."""
+        return self.net.read(reg.CONFIG + 6, 2)
 
     def send(self, *frames: bytes) -> None:
         """Queue frames, header and all, in one buffer each, then kick once."""

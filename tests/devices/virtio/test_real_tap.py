@@ -18,7 +18,7 @@ from kvmigrate.devices.virtio.net import F_GUEST_CSUM, F_GUEST_TSO4, F_GUEST_TSO
 from kvmigrate.errors import HostError
 from kvmigrate.memory.region import GuestMemory
 
-from .net_driver import MAC, MEMORY_BYTES, NO_HEADER, RX, WAIT_S, Driver, wait_for
+from .queues import MAC, MEMORY_BYTES, NO_HEADER, RX, WAIT_S, Driver, wait_for
 
 CLONE_NEWNET = 0x40000000
 TAP = "kmigtap0"
