@@ -24,7 +24,7 @@ class VirtioBalloon(VirtioDevice):
     has."""
 
     device_id = 5
-    # Without one for statistics and one for hints, the queue for reports is the third: what is not there is not counted.
+    # Queues that do not exist are not counted: without those for statistics and hints, that for reports is the third.
     nr_queues: int = lib.KMIG_BALLOON_NR_QUEUES
 
     def __init__(self, memory: GuestMemory) -> None:
