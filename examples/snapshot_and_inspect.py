@@ -1,6 +1,6 @@
 """Save a running guest, look into what was saved, check it, and let a second machine go on from there.
 
-    python examples/snapshot_and_inspect.py
+python examples/snapshot_and_inspect.py
 """
 
 from __future__ import annotations

@@ -126,31 +126,33 @@ class NetConfig:
     interface: str
     mac: bytes | None = None
 
+    def __post_init__(self) -> None:
+        if not NAME_PATTERN.fullmatch(self.name) or len(self.name) > 20:
+            what = f"{self.name!r:.80} is not a network's name"
+            raise ConfigError(f"{what}: use letters, digits, dot, dash and underscore, at most 20")
+        if not _INTERFACE.fullmatch(self.interface):
+            raise ConfigError(f"{self.interface!r:.80} is not an interface's name: it has at most 15 characters")
+        if self.mac is not None and not is_station(self.mac):
+            what = f"{self.mac.hex(':')} is not the address of one station"
+            raise ConfigError(f"{what}: take one whose first byte is even, not all zeros")
+
     @classmethod
     def parse(cls, text: str) -> NetConfig:
         """``NAME=tap:IF[,mac=XX:XX:XX:XX:XX:XX]``. Raises :class:`ConfigError`."""
         head, *options = text.split(",")
         name, _, place = head.partition("=")
         kind, _, interface = place.partition(":")
-        if kind != "tap" or not NAME_PATTERN.fullmatch(name) or not _INTERFACE.fullmatch(interface):
+        if kind != "tap" or not interface:
             raise ConfigError(f"{text!r} is not a network: write NAME=tap:INTERFACE or NAME=tap:INTERFACE,mac=MAC")
         mac = None
         for option in options:
             key, _, value = option.partition("=")
             if key != "mac" or mac is not None:
                 raise ConfigError(f"{option!r} is no option of a network: there is only mac=MAC")
-            mac = parse_mac(value)
+            if not _MAC.fullmatch(value):
+                raise ConfigError(f"{value!r} is not a MAC address: write it like 52:54:00:12:34:56")
+            mac = bytes.fromhex(value.replace(":", ""))
         return cls(name, interface, mac)
-
-
-def parse_mac(text: str) -> bytes:
-    """``52:54:00:12:34:56`` as bytes. Raises :class:`ConfigError` unless it is the address of one station."""
-    if not _MAC.fullmatch(text):
-        raise ConfigError(f"{text!r} is not a MAC address: write it like 52:54:00:12:34:56")
-    mac = bytes.fromhex(text.replace(":", ""))
-    if not is_station(mac):
-        raise ConfigError(f"{text} is not the address of one station: take one whose first byte is even, not all zeros")
-    return mac
 
 
 def is_station(mac: bytes) -> bool:
@@ -165,6 +167,30 @@ def random_mac() -> bytes:
 
 
 @dataclass(frozen=True, slots=True)
+class DiskConfig:
+    """A disk: what the guest knows it by, and the raw image or block device behind it."""
+
+    name: str
+    path: Path
+    read_only: bool = False
+
+    def __post_init__(self) -> None:
+        # As long as GET_ID can say (virtio 1.2, 5.2.6), so that a guest finds it under /dev/disk/by-id.
+        if not NAME_PATTERN.fullmatch(self.name) or len(self.name) > 20:
+            what = f"{self.name!r:.80} is not a disk's name"
+            raise ConfigError(f"{what}: use letters, digits, dot, dash and underscore, at most 20")
+
+    @classmethod
+    def parse(cls, text: str) -> DiskConfig:
+        """``NAME=PATH`` or ``NAME=PATH,ro``. Raises :class:`ConfigError`."""
+        name, _, path = text.partition("=")
+        bare = path.removesuffix(",ro")
+        if not bare:
+            raise ConfigError(f"{text!r} is not a disk: write NAME=PATH, or NAME=PATH,ro for a read-only one")
+        return cls(name, Path(bare), bare != path)
+
+
+@dataclass(frozen=True, slots=True)
 class MachineConfig:
     """A machine: its name, its size and where its serial port goes. Raises :class:`ConfigError` when built wrong."""
 
@@ -173,8 +199,14 @@ class MachineConfig:
     nr_cpus: int = 1
     serial: str = "stdio"
     boot: BootConfig | None = None
+    disks: tuple[DiskConfig, ...] = ()
+    nets: tuple[NetConfig, ...] = ()
 
     def __post_init__(self) -> None:
+        for kind, parts in (("disks", self.disks), ("networks", self.nets)):
+            names = [part.name for part in parts]
+            if len(set(names)) != len(names):
+                raise ConfigError(f"two {kind} have one name among {', '.join(names)}: give each its own")
         if not NAME_PATTERN.fullmatch(self.name):
             raise ConfigError(f"{self.name!r} is not a name: use letters, digits, dot, dash and underscore, at most 63")
         if self.memory_bytes % PAGE_BYTES or not MIN_MEMORY_BYTES <= self.memory_bytes <= MAX_MEMORY_BYTES:

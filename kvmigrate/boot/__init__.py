@@ -21,9 +21,7 @@ LOADERS = {"linux": load_linux, "multiboot": load_multiboot, "pvh": load_pvh}
 __all__ = ["EntryState", "Hardware", "VirtioSlot", "load_boot"]
 
 
-def load_boot(
-    memory: GuestMemory, boot: BootConfig, memory_bytes: int, hardware: Hardware | None = None
-) -> EntryState:
+def load_boot(memory: GuestMemory, boot: BootConfig, memory_bytes: int, hardware: Hardware | None = None) -> EntryState:
     """Load ``boot`` into guest ``memory`` of ``memory_bytes``, all zero so far, and say how the first vCPU starts.
 
     ``hardware`` is what the ACPI tables of a Linux or PVH guest tell of the machine.

@@ -96,6 +96,19 @@ class Vm:
         line.level = int(level)
         check(lib.kmig_ioctl(self.fd, lib.KVM_IRQ_LINE, line), "KVM_IRQ_LINE")
 
+    def irqfd(self, fd: int, gsi: int) -> None:
+        """Let each signal of the eventfd ``fd`` be an edge on the line ``gsi``, until the eventfd is closed."""
+        assigned = ffi.new("struct kvm_irqfd *", {"fd": fd, "gsi": gsi})
+        check(lib.kmig_ioctl(self.fd, lib.KVM_IRQFD, assigned), f"KVM_IRQFD {gsi}")
+
+    def ioeventfd(self, fd: int, gpa: int, size: int, value: int) -> None:
+        """Let each store of ``value``, ``size`` bytes wide, to ``gpa`` signal the eventfd ``fd`` and be no exit."""
+        flags = lib.KVM_IOEVENTFD_FLAG_DATAMATCH
+        assigned = ffi.new(
+            "struct kvm_ioeventfd *", {"datamatch": value, "addr": gpa, "len": size, "fd": fd, "flags": flags}
+        )
+        check(lib.kmig_ioctl(self.fd, lib.KVM_IOEVENTFD, assigned), f"KVM_IOEVENTFD {gpa:#x}")
+
     def signal_msi(self, address: int, data: int) -> bool:
         """Deliver a message-signalled interrupt; False when the guest masks it."""
         msi = ffi.new("struct kvm_msi *")

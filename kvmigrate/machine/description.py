@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from ..config import MAX_CPUS, MAX_MEMORY_BYTES, MIN_MEMORY_BYTES, MachineConfig
+from ..config import MAX_CPUS, MAX_MEMORY_BYTES, MIN_MEMORY_BYTES, DiskConfig, MachineConfig, NetConfig
 from ..errors import BadField, ConfigError, RestoreRefused
 from ..memory.layout import slots_for
 from ..state.section import Fields, Value
+from .specs import MAX_DEVICES, VirtioSpec, read_specs, specs_for, with_disks, with_nets
 
 MAX_CPUID_ENTRIES = 256
 _CPUID_FIELDS = ("function", "index", "flags", "eax", "ebx", "ecx", "edx")
@@ -31,11 +32,13 @@ class Description:
     tsc_khz: int
     devices: Mapping[str, int]
     autostart: bool = True
+    virtio: tuple[VirtioSpec, ...] = ()
 
     @classmethod
     def new(cls, config: MachineConfig, cpuid: tuple[CpuidTable, ...]) -> Description:
         """Describe a machine that is made here and now; :meth:`completed` adds the rest."""
-        return cls(config.name, str(uuid.uuid4()), config.memory_bytes, cpuid, 0, {})
+        virtio = specs_for(config.disks, config.nets)
+        return cls(config.name, str(uuid.uuid4()), config.memory_bytes, cpuid, 0, {}, virtio=virtio)
 
     def completed(self, devices: Mapping[str, int], tsc_khz: int, cpuid: tuple[CpuidTable, ...]) -> Description:
         """With what is known only once the machine exists: of CPUID what the kernel made of it."""
@@ -43,6 +46,14 @@ class Description:
 
     def renamed(self, name: str) -> Description:
         return replace(self, name=name)
+
+    def with_disks(self, disks: Iterable[DiskConfig]) -> Description:
+        """With other images behind disks that the guest has. Raises :class:`ConfigError`."""
+        return replace(self, virtio=with_disks(self.virtio, disks))
+
+    def with_nets(self, nets: Iterable[NetConfig]) -> Description:
+        """With other taps, or addresses, for networks that the guest has. Raises :class:`ConfigError`."""
+        return replace(self, virtio=with_nets(self.virtio, nets))
 
     def require_devices(self, mine: Mapping[str, int]) -> None:
         """Raise :class:`RestoreRefused` unless this host's machine has exactly these devices, at least as new."""
@@ -73,6 +84,7 @@ class Description:
             "tsc_khz": self.tsc_khz,
             "devices": dict(self.devices),
             "autostart": self.autostart,
+            "virtio": [spec.to_value() for spec in self.virtio],
         }
 
     @classmethod
@@ -88,6 +100,8 @@ class Description:
             tsc_khz=fields.integer("tsc_khz", 0, 1 << 32),
             devices=_devices(fields.mapping("devices")),
             autostart=fields.boolean("autostart"),
+            # A snapshot of before there were any has no such field.
+            virtio=read_specs(fields.sequence("virtio", MAX_DEVICES)) if fields.has("virtio") else (),
         )
         slots = fields.sequence("slots", 32)
         fields.done()

@@ -5,12 +5,13 @@ from __future__ import annotations
 import base64
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from ..config import MachineConfig
+from ..config import DiskConfig, MachineConfig, NetConfig
 from ..contract import RunState
 from ..devices.end import CRASH, GuestEnd
 from ..devices.power import POWER_BUTTON
+from ..devices.virtio.transport import WINDOW_BYTES
 from ..errors import ConfigError, StateError
 from ..kvm.cpuid import guest_cpuid
 from ..kvm.system import System
@@ -27,6 +28,10 @@ from .platform import Platform
 from .rehearsal import rehearse
 from .runstate import RunStateBox
 from .sections import load_sections, save_sections
+from .virtio import slot_of
+
+LOCK_PATIENCE_S = 2.0
+"""How long a guest that goes on here waits for its disks: for the process of a destination that failed to end."""
 
 
 class Machine:
@@ -41,7 +46,9 @@ class Machine:
         self._ended = threading.Event()
         self._runstate = RunStateBox(state)
         self.on_end: Callable[[GuestEnd], None] = lambda _: None
-        self.platform = Platform(description.memory_bytes, description.cpuid, serial, self._end_guest)
+        self.platform = Platform(
+            description.memory_bytes, description.cpuid, serial, self._end_guest, description.virtio
+        )
         self.description = description.completed(
             self.platform.device_versions(), self.platform.tsc_khz, self.platform.held_cpuid()
         )
@@ -56,7 +63,7 @@ class Machine:
         Raises :class:`ConfigError` for an image that cannot be booted, :class:`HostError` when the host refuses.
         """
         # Not at the top: a machine that is restored or received does without, and should not wait for it.
-        from ..boot import Hardware, load_boot
+        from ..boot import Hardware, VirtioSlot, load_boot
 
         if config.boot is None:
             raise ConfigError("a machine needs an image to boot")
@@ -64,7 +71,10 @@ class Machine:
             cpuid = tuple(guest_cpuid(system.supported_cpuid(), at, config.nr_cpus) for at in range(config.nr_cpus))
         machine = cls(Description.new(config, cpuid), config.serial, RunState.PRELAUNCH, log_mode)
         try:
-            hardware = Hardware(config.nr_cpus, generation=os.urandom(16))
+            machine.platform.virtio.lock()
+            places = [slot_of(number) for number in range(len(machine.platform.virtio.devices))]
+            slots = tuple(VirtioSlot(gpa, WINDOW_BYTES, gsi) for gpa, gsi in places)
+            hardware = Hardware(config.nr_cpus, slots, os.urandom(16))
             entry = load_boot(machine.memory, config.boot, config.memory_bytes, hardware)
             set_entry(machine.platform.vm.vcpus[0], entry)
         except BaseException:
@@ -79,14 +89,17 @@ class Machine:
         *,
         name: str | None = None,
         serial: str = "null",
+        disks: Iterable[DiskConfig] = (),
+        nets: Iterable[NetConfig] = (),
         log_mode: LogMode | None = None,
     ) -> Machine:
         """The empty machine that :meth:`describe` described elsewhere, in INMIGRATE: load its state, then resume.
 
-        ``name`` replaces the described one. Raises :class:`BadField` for a description that cannot be,
-        :class:`RestoreRefused` when this host lacks a CPU feature that the guest knows of, :class:`HostError`.
+        ``name`` replaces the described one, each of ``disks`` and ``nets`` the image or tap of the described part of its
+        name. Raises :class:`BadField` for a description that cannot be, :class:`RestoreRefused` when this host lacks a
+        CPU feature that the guest knows of, :class:`ConfigError` or :class:`HostError` for a part that cannot be had.
         """
-        description = Description.from_value(value)
+        description = Description.from_value(value).with_disks(disks).with_nets(nets)
         if name is not None:
             description = description.renamed(name)
         machine = cls(description, serial, RunState.INMIGRATE, log_mode)
@@ -136,11 +149,23 @@ class Machine:
         self.platform.vm.group.pause(PAUSE_TIMEOUT_MS)
         for device in self.platform.devices.values():
             device.pause()
+        if reason is RunState.FINISH_MIGRATE:
+            # From here on nothing of this VM writes a disk, and the destination locks them before it says READY: there
+            # is no moment at which two could write. A snapshot's pause keeps them, since the guest stays here.
+            self.platform.virtio.unlock()
+        elif reason is RunState.PAUSED:
+            # After a migration that failed the guest is ours again, even when it stays paused.
+            self.platform.virtio.lock(LOCK_PATIENCE_S)
         # The guest may have ended while its vCPUs were on their way out: then there is nothing to move any more.
         self._runstate.move(reason)
 
     def resume(self) -> None:
-        """See :meth:`Migratable.resume`."""
+        """See :meth:`Migratable.resume`. Raises :class:`ConfigError` when another VM has taken a disk meanwhile; the
+        guest stays paused then."""
+        # Before anything runs, and with patience: a destination that failed may still be on its way out.
+        if self.runstate is not RunState.RUNNING:
+            self._runstate.require(RunState.RUNNING)
+        self.platform.virtio.lock(LOCK_PATIENCE_S)
         self._runstate.move(RunState.RUNNING)
         for device in self.platform.devices.values():
             device.resume()
@@ -163,7 +188,10 @@ class Machine:
         return save_sections(self.platform)
 
     def load(self, sections: Sequence[Section]) -> Fidelity:
-        """See :meth:`Migratable.load`."""
+        """See :meth:`Migratable.load`. Raises :class:`ConfigError` when another VM has one of the disks."""
+        # Before READY is said, and so before COMMIT: the source gave the disks up when it paused, and can still go on
+        # when we do not get them.
+        self.platform.virtio.lock()
         return load_sections(self.platform, sections)
 
     def digest(self) -> dict[str, Value]:

@@ -15,6 +15,8 @@ from ..memory.dirty import LogMode
 from ..memory.region import GuestMemory
 from ..state.fidelity import Fidelity
 from .description import CpuidTable
+from .specs import VirtioSpec
+from .virtio import VirtioBus
 
 MCG_CTL_P = 1 << 8
 NR_MCE_BANKS = 10
@@ -35,6 +37,7 @@ class Platform:
         cpuid: Sequence[CpuidTable],
         serial_spec: str,
         end: Callable[[GuestEnd], None],
+        virtio: Sequence[VirtioSpec] = (),
     ) -> None:
         self.cpuid = cpuid
         self._closers: list[Callable[[], None]] = []
@@ -46,6 +49,9 @@ class Platform:
             self.backend = open_backend(serial_spec)
             self._closers.append(self.backend.close)
             self.devices = self._wire(memory_bytes, self.backend, end)
+            self.virtio = VirtioBus(virtio, self.vm, self.memory, self.mmio)
+            self._closers.append(self.virtio.close)
+            self.devices.update({device.name: device for device in self.virtio.devices})
         except BaseException:
             self.close()
             raise

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from kvmigrate.config import MachineConfig
+from kvmigrate.config import DiskConfig, MachineConfig
 from kvmigrate.errors import BadField, ConfigError, KvmigrateError, RestoreRefused
 from kvmigrate.machine.description import Description
 
@@ -58,7 +58,7 @@ def test_a_wrong_field_is_refused_by_name(key: str, value: Any) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("key", sorted(good()))
+@pytest.mark.parametrize("key", sorted(good().keys() - {"virtio"}))
 def test_a_missing_field_is_refused_by_name(key: str) -> None:
     value = good()
     del value[key]
@@ -91,3 +91,43 @@ def test_the_tsc_may_differ_by_250_parts_per_million() -> None:
     description.require_tsc(2_100_000, can_scale=True)
     with pytest.raises(RestoreRefused, match="tsc_khz"):
         description.require_tsc(2_001_000, can_scale=False)
+
+
+DISK = {"kind": "disk", "name": "root", "path": "/images/root.img", "read_only": False}
+
+
+def test_a_description_of_before_virtio_has_no_such_devices() -> None:
+    value = good()
+    del value["virtio"]
+    assert Description.from_value(value).virtio == ()
+
+
+@pytest.mark.parametrize(
+    "virtio",
+    [
+        [DISK | {"path": "relative"}],
+        [DISK | {"path": "/nul\0"}],
+        [DISK | {"name": "a" * 21}],
+        [DISK | {"name": "../x"}],
+        [DISK | {"read_only": 0}],
+        [DISK | {"more": 1}],
+        [DISK, DISK],
+        [{"kind": "rng", "name": "vm"}],
+        [{"kind": "gpu", "name": "gpu0"}],
+        [7],
+        [{"kind": "rng", "name": "rng0"}] * 15,
+    ],
+)
+def test_devices_that_cannot_be_are_refused(virtio: list[Any]) -> None:
+    with pytest.raises((BadField, ConfigError)):
+        Description.from_value(good() | {"virtio": virtio})
+
+
+def test_another_image_takes_the_place_of_the_described_one() -> None:
+    described = Description.from_value(good() | {"virtio": [DISK]})
+    moved = described.with_disks([DiskConfig.parse("root=/other.img")])
+    assert moved.to_value()["virtio"] == [DISK | {"path": "/other.img"}]
+    with pytest.raises(ConfigError, match="the guest has no disk of this name, it has: root"):
+        described.with_disks([DiskConfig.parse("data=/other.img")])
+    with pytest.raises(ConfigError, match="leave out ,ro"):
+        described.with_disks([DiskConfig.parse("root=/other.img,ro")])

@@ -90,6 +90,8 @@ struct kvm_irqchip {
     union { char dummy[512]; } chip; ...;
 };
 struct kvm_irq_level { union { __u32 irq; __s32 status; }; __u32 level; ...; };
+struct kvm_irqfd { __u32 fd; __u32 gsi; __u32 flags; __u32 resamplefd; ...; };
+struct kvm_ioeventfd { __u64 datamatch; __u64 addr; __u32 len; __s32 fd; __u32 flags; ...; };
 struct kvm_msi { __u32 address_lo; __u32 address_hi; __u32 data; __u32 flags; ...; };
 struct kvm_clock_data { __u64 clock; __u32 flags; __u64 realtime; __u64 host_tsc; ...; };
 
