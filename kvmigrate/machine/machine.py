@@ -95,9 +95,10 @@ class Machine:
     ) -> Machine:
         """The empty machine that :meth:`describe` described elsewhere, in INMIGRATE: load its state, then resume.
 
-        ``name`` replaces the described one, each of ``disks`` and ``nets`` the image or tap of the described part of its
-        name. Raises :class:`BadField` for a description that cannot be, :class:`RestoreRefused` when this host lacks a
-        CPU feature that the guest knows of, :class:`ConfigError` or :class:`HostError` for a part that cannot be had.
+        ``name`` replaces the described one, each of ``disks`` and ``nets`` the image or tap of the described part of
+        its name. Raises :class:`BadField` for a description that cannot be, :class:`RestoreRefused` when this host
+        lacks a CPU feature that the guest knows of, :class:`ConfigError` or :class:`HostError` for a part that cannot
+        be had.
         """
         description = Description.from_value(value).with_disks(disks).with_nets(nets)
         if name is not None:
