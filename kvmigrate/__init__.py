@@ -19,13 +19,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import errors
     from .api import Received, Restored, receive, restore, send, take_snapshot
-    from .config import BootConfig, Compression, MachineConfig, MigrationParameters, SnapshotParameters
+    from .config import BootConfig, Compression, DiskConfig, MachineConfig, MigrationParameters, SnapshotParameters
     from .machine.machine import Machine
 
 _HOME = {
     "BootConfig": "config",
     "Compression": "config",
     "Machine": "machine.machine",
+    "DiskConfig": "config",
     "MachineConfig": "config",
     "MigrationParameters": "config",
     "Received": "api",
@@ -40,6 +41,7 @@ _HOME = {
 __all__ = [
     "BootConfig",
     "Compression",
+    "DiskConfig",
     "Machine",
     "MachineConfig",
     "MigrationParameters",

@@ -5,12 +5,12 @@ The command line adds names, a control socket and a terminal to these; a program
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from .config import Address, MigrationParameters, SnapshotParameters
+from .config import Address, DiskConfig, MigrationParameters, SnapshotParameters
 from .control.runtime import open_runtime_dir
 from .machine.machine import Machine
 from .machine.rehearsal import rehearse
@@ -73,10 +73,12 @@ def receive(
     *,
     name: str | None = None,
     serial: str = "null",
+    disks: Sequence[DiskConfig] = (),
     journal_dir: Path | None = None,
     paused: bool = False,
 ) -> Received:
-    """Wait at ``address`` for one guest and take it over; ``name`` and ``serial`` are its own here.
+    """Wait at ``address`` for one guest and take it over; ``name`` and ``serial`` are its own here, and so are
+    the images of those of its ``disks`` that are given.
 
     Raises the reason when the guest did not arrive: then it still is at its source and nothing of it is here.
     """
@@ -84,7 +86,7 @@ def receive(
     rehearse()
 
     def build(description: Mapping[str, Value]) -> Machine:
-        built.append(Machine.build(description, name=name, serial=serial))
+        built.append(Machine.build(description, name=name, serial=serial, disks=disks))
         return built[0]
 
     destination = Destination(
@@ -112,7 +114,9 @@ class Restored:
     fidelity: Fidelity
 
 
-def restore(directory: Path, *, name: str | None = None, serial: str = "null") -> Restored:
+def restore(
+    directory: Path, *, name: str | None = None, serial: str = "null", disks: Sequence[DiskConfig] = ()
+) -> Restored:
     """Make the machine that ``directory`` holds; call :meth:`Machine.start` and :meth:`Machine.resume` to let it run.
 
     Raises :class:`SnapshotError` or :class:`RestoreRefused`, naming what is wrong where.
@@ -120,7 +124,7 @@ def restore(directory: Path, *, name: str | None = None, serial: str = "null") -
     built: list[Machine] = []
 
     def build(description: Mapping[str, Value]) -> Machine:
-        built.append(Machine.build(description, name=name, serial=serial))
+        built.append(Machine.build(description, name=name, serial=serial, disks=disks))
         return built[0]
 
     loaded = load_snapshot(directory, build)

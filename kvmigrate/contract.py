@@ -60,7 +60,10 @@ class Migratable(Protocol):
         ...
 
     def resume(self) -> None:
-        """Let every vCPU run (again) and enter RUNNING."""
+        """Let every vCPU run (again) and enter RUNNING.
+
+        A pause for FINISH_MIGRATE gives the guest's disks up. When one has not come back, this raises
+        :class:`ConfigError` with the guest still paused, and so does a pause after that."""
         ...
 
     def save(self) -> Sequence[Section]:

@@ -44,6 +44,14 @@ def _version(wanted: bool) -> None:
 Name = Annotated[str, typer.Argument(help="Name of a running VM.", metavar="NAME", autocompletion=_complete_name)]
 NewName = Annotated[str, typer.Option("--name", help="Name of the VM here; vm-PID if left out.")]
 Serial = Annotated[str, typer.Option(help="Where COM1 leads: stdio, pty, null, file:PATH or unix:PATH.")]
+Disks = Annotated[
+    list[str] | None,
+    typer.Option("--disk", metavar="NAME=PATH[,ro]", help="A raw image or block device; may come several times."),
+]
+OtherDisks = Annotated[
+    list[str] | None,
+    typer.Option("--disk", metavar="NAME=PATH[,ro]", help="Where a disk of the guest is here, if not at its old path."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")]
 Paused = Annotated[bool, typer.Option("--paused", help="Do not let the guest run until kvmigrate resume.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Also show what became of every item of state.")]
@@ -69,6 +77,7 @@ def run(
     boot: Annotated[str, typer.Option(help="auto, flat@ADDR, multiboot, pvh or linux.")] = "auto",
     serial: Serial = "stdio",
     paused: Paused = False,
+    disk: Disks = None,
 ) -> int:
     """Run IMAGE as a guest. Stays in the foreground until the guest ends or has moved.
 
@@ -76,7 +85,7 @@ def run(
     """
     from . import machines
 
-    return machines.run(image, name, memory, cpus, initrd, append, boot, serial, paused)
+    return machines.run(image, name, memory, cpus, initrd, append, boot, serial, paused, disk or [])
 
 
 @app.command()
@@ -86,11 +95,12 @@ def receive(
     serial: Serial = "stdio",
     paused: Paused = False,
     verbose: Verbose = False,
+    disk: OtherDisks = None,
 ) -> int:
     """Wait at ADDRESS for one guest and take it over. Stays in the foreground, as run does."""
     from . import machines
 
-    return machines.receive(address, name, serial, paused, verbose)
+    return machines.receive(address, name, serial, paused, verbose, disk or [])
 
 
 @app.command()
@@ -134,11 +144,12 @@ def restore(
     serial: Serial = "stdio",
     paused: Paused = False,
     verbose: Verbose = False,
+    disk: OtherDisks = None,
 ) -> int:
     """Run the guest that was saved in DIR. Stays in the foreground, as run does."""
     from . import machines
 
-    return machines.restore(directory, name, serial, paused, verbose)
+    return machines.restore(directory, name, serial, paused, verbose, disk or [])
 
 
 @app.command("list")

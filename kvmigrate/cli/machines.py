@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
-from ..config import BootConfig, MachineConfig, parse_boot, parse_size
+from ..config import BootConfig, DiskConfig, MachineConfig, parse_boot, parse_size
 from . import report
 from .address import parse_address
 
@@ -25,6 +26,7 @@ def run(
     boot: str,
     serial: str,
     paused: bool,
+    disks: Sequence[str],
 ) -> int:
     """Boot ``image`` and stay with it. Returns the exit status."""
     method, load_addr = parse_boot(boot)
@@ -34,24 +36,31 @@ def run(
         nr_cpus=cpus,
         serial=serial,
         boot=BootConfig(image, method, load_addr, initrd, append),
+        disks=_disks(disks),
     )
     from ..control import processes
 
     return processes.run_machine(config, paused=paused)
 
 
-def receive(address: str, name: str, serial: str, paused: bool, verbose: bool) -> int:
+def _disks(texts: Sequence[str]) -> tuple[DiskConfig, ...]:
+    return tuple(DiskConfig.parse(text) for text in texts)
+
+
+def receive(address: str, name: str, serial: str, paused: bool, verbose: bool, disks: Sequence[str]) -> int:
     """Wait for a guest and stay with it. Returns the exit status."""
     listen_at = parse_address(address)
     from ..control import processes
 
     show = report.restored if verbose else None
-    return processes.run_incoming(listen_at, name or default_name(), serial, paused=paused, show=show)
+    given = _disks(disks)
+    return processes.run_incoming(listen_at, name or default_name(), serial, given, paused=paused, show=show)
 
 
-def restore(directory: Path, name: str, serial: str, paused: bool, verbose: bool) -> int:
+def restore(directory: Path, name: str, serial: str, paused: bool, verbose: bool, disks: Sequence[str]) -> int:
     """Restore a snapshot and stay with the guest. Returns the exit status."""
     from ..control import processes
 
     show = report.restored if verbose else None
-    return processes.run_restored(directory, name or default_name(), serial, paused=paused, show=show)
+    given = _disks(disks)
+    return processes.run_restored(directory, name or default_name(), serial, given, paused=paused, show=show)

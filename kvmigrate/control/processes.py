@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from ..config import Address, MachineConfig
+from ..config import Address, DiskConfig, MachineConfig
 from ..errors import ControlError
 from ..machine.machine import Machine
 from ..machine.rehearsal import rehearse
@@ -45,13 +45,19 @@ def _let_go(machine: Machine, *, paused: bool) -> None:
 
 
 def run_restored(
-    directory: Path, name: str, serial: str, *, paused: bool = False, show: ShowFidelity | None = None
+    directory: Path,
+    name: str,
+    serial: str,
+    disks: Sequence[DiskConfig] = (),
+    *,
+    paused: bool = False,
+    show: ShowFidelity | None = None,
 ) -> int:
     """Restore the snapshot ``directory`` and stay until the guest ends; it stays paused if it was, or if so wanted."""
     from ..snapshot.load import restore
 
     with _session(name) as session:
-        restored = restore(directory, lambda value: Machine.build(value, name=name, serial=serial))
+        restored = restore(directory, lambda value: Machine.build(value, name=name, serial=serial, disks=disks))
         machine = restored.machine
         assert isinstance(machine, Machine)
         session.adopt(machine)
@@ -70,14 +76,20 @@ def _restart(machine: Machine, *, paused: bool) -> None:
 
 
 def run_incoming(
-    address: Address, name: str, serial: str, *, paused: bool = False, show: ShowFidelity | None = None
+    address: Address,
+    name: str,
+    serial: str,
+    disks: Sequence[DiskConfig] = (),
+    *,
+    paused: bool = False,
+    show: ShowFidelity | None = None,
 ) -> int:
     """Wait at ``address`` for one guest, take it over and stay until it ends."""
     with _session(name) as session:
         listener = Listener(address)
 
         def build(value: Mapping[str, Value]) -> Machine:
-            machine = Machine.build(value, name=name, serial=serial)
+            machine = Machine.build(value, name=name, serial=serial, disks=disks)
             session.adopt(machine)
             # Its threads are there before the source pauses: they would cost time in the blackout.
             machine.start()

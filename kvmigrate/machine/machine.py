@@ -30,9 +30,6 @@ from .runstate import RunStateBox
 from .sections import load_sections, save_sections
 from .virtio import slot_of
 
-LOCK_PATIENCE_S = 2.0
-"""How long a guest that goes on here waits for its disks: for the process of a destination that failed to end."""
-
 
 class Machine:
     """One guest. Build it with :meth:`create` or :meth:`build`; implements :class:`kvmigrate.contract.Migratable`.
@@ -156,17 +153,17 @@ class Machine:
             self.platform.virtio.unlock()
         elif reason is RunState.PAUSED:
             # After a migration that failed the guest is ours again, even when it stays paused.
-            self.platform.virtio.lock(LOCK_PATIENCE_S)
+            self.platform.virtio.lock()
         # The guest may have ended while its vCPUs were on their way out: then there is nothing to move any more.
         self._runstate.move(reason)
 
     def resume(self) -> None:
         """See :meth:`Migratable.resume`. Raises :class:`ConfigError` when another VM has taken a disk meanwhile; the
         guest stays paused then."""
-        # Before anything runs, and with patience: a destination that failed may still be on its way out.
+        # Before anything runs: a destination that failed may still have them, and whatever runs may write.
         if self.runstate is not RunState.RUNNING:
             self._runstate.require(RunState.RUNNING)
-        self.platform.virtio.lock(LOCK_PATIENCE_S)
+        self.platform.virtio.lock()
         self._runstate.move(RunState.RUNNING)
         for device in self.platform.devices.values():
             device.resume()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 
 from ..devices.bus import MmioBus
@@ -23,7 +22,6 @@ FIRST_GPA = 0xD000_0000
 STRIDE = 0x1000
 _GSIS = (*range(16, 24), *range(10, 16))
 """The lines of device 0, 1, …: first those of the IOAPIC that no ISA device has."""
-_RETRY_S = 0.01
 
 
 class VirtioBus:
@@ -66,20 +64,15 @@ class VirtioBus:
             vm.ioeventfd(device.handle.kick_fd[queue], gpa + reg.QUEUE_NOTIFY, 4, queue)
         self.devices.append(device)
 
-    def lock(self, patience_s: float = 0.0) -> None:
-        """Take every image for this VM, waiting so long for one that another VM is about to give up. Raises
-        :class:`ConfigError` when it does not, and then holds none."""
-        deadline = time.monotonic() + patience_s
-        while True:
-            try:
-                for image in self.images:
-                    image.lock()
-                return
-            except ConfigError:
-                if time.monotonic() >= deadline:
-                    self.unlock()
-                    raise
-            time.sleep(_RETRY_S)
+    def lock(self) -> None:
+        """Take every image for this VM. Idempotent. Raises :class:`ConfigError` when another VM has one, and then holds
+        none."""
+        try:
+            for image in self.images:
+                image.lock()
+        except BaseException:
+            self.unlock()
+            raise
 
     def unlock(self) -> None:
         """Let another VM take the images: every device is parked, and stays so until :meth:`lock`. Idempotent."""

@@ -23,6 +23,7 @@ from ..errors import (
     BadField,
     Cancelled,
     ChannelError,
+    ConfigError,
     HostError,
     KvmigrateError,
     PeerFailed,
@@ -60,6 +61,8 @@ LAST_WORD_MS = 300.0
 """How long a failed connection is listened to for the other side's reason."""
 BUILD_MS_PER_GIB = 1000.0
 """What a destination may take, beyond the timeout, to build and touch each GiB of guest memory."""
+DISKS_FREE_S = 2.0
+"""How long a guest that goes on here waits for its destination to let the disks go."""
 
 
 class Source:
@@ -302,15 +305,34 @@ class Source:
 
     def _undo(self, error: BaseException) -> BaseException:
         """The guest as it was before, resumed before anything else, for it waits. Returns the reason to report."""
+        waits_for_disks = False
         try:
             self._resume()
+        except ConfigError:
+            # The destination has locked them for itself, and hears only below that the guest stays here.
+            waits_for_disks = True
         finally:
             reason = self._reason(error)
             self._part(reason)
             self._stop_log()
             self._journal.unstage()
             self._fail(reason)
+        if waits_for_disks:
+            self._resume_when_free()
         return reason
+
+    def _resume_when_free(self) -> None:
+        """Resume once the destination has let the disks go. Raises :class:`ConfigError` when it does not: the guest
+        stays paused, since it may not write beside another."""
+        deadline = time.monotonic() + DISKS_FREE_S
+        while True:
+            self._pausing = True
+            try:
+                return self._resume()
+            except ConfigError:
+                if time.monotonic() > deadline:
+                    raise
+            time.sleep(0.01)
 
     def _resume(self) -> None:
         if not self._pausing or self._machine.runstate in ENDED:
