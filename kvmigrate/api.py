@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from .config import Address, DiskConfig, MigrationParameters, SnapshotParameters
+from .config import Address, DiskConfig, MigrationParameters, NetConfig, SnapshotParameters
 from .control.runtime import open_runtime_dir
 from .machine.machine import Machine
 from .machine.rehearsal import rehearse
@@ -74,11 +74,12 @@ def receive(
     name: str | None = None,
     serial: str = "null",
     disks: Sequence[DiskConfig] = (),
+    nets: Sequence[NetConfig] = (),
     journal_dir: Path | None = None,
     paused: bool = False,
 ) -> Received:
     """Wait at ``address`` for one guest and take it over; ``name`` and ``serial`` are its own here, and so are
-    the images of those of its ``disks`` that are given.
+    the images and taps of those of its ``disks`` and ``nets`` that are given.
 
     Raises the reason when the guest did not arrive: then it still is at its source and nothing of it is here.
     """
@@ -86,7 +87,7 @@ def receive(
     rehearse()
 
     def build(description: Mapping[str, Value]) -> Machine:
-        built.append(Machine.build(description, name=name, serial=serial, disks=disks))
+        built.append(Machine.build(description, name=name, serial=serial, disks=disks, nets=nets))
         return built[0]
 
     destination = Destination(
@@ -115,7 +116,12 @@ class Restored:
 
 
 def restore(
-    directory: Path, *, name: str | None = None, serial: str = "null", disks: Sequence[DiskConfig] = ()
+    directory: Path,
+    *,
+    name: str | None = None,
+    serial: str = "null",
+    disks: Sequence[DiskConfig] = (),
+    nets: Sequence[NetConfig] = (),
 ) -> Restored:
     """Make the machine that ``directory`` holds; call :meth:`Machine.start` and :meth:`Machine.resume` to let it run.
 
@@ -124,7 +130,7 @@ def restore(
     built: list[Machine] = []
 
     def build(description: Mapping[str, Value]) -> Machine:
-        built.append(Machine.build(description, name=name, serial=serial, disks=disks))
+        built.append(Machine.build(description, name=name, serial=serial, disks=disks, nets=nets))
         return built[0]
 
     loaded = load_snapshot(directory, build)

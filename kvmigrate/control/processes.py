@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from ..config import Address, DiskConfig, MachineConfig
+from ..config import Address, DiskConfig, MachineConfig, NetConfig
 from ..errors import ControlError
 from ..machine.machine import Machine
 from ..machine.rehearsal import rehearse
@@ -49,6 +49,7 @@ def run_restored(
     name: str,
     serial: str,
     disks: Sequence[DiskConfig] = (),
+    nets: Sequence[NetConfig] = (),
     *,
     paused: bool = False,
     show: ShowFidelity | None = None,
@@ -57,7 +58,9 @@ def run_restored(
     from ..snapshot.load import restore
 
     with _session(name) as session:
-        restored = restore(directory, lambda value: Machine.build(value, name=name, serial=serial, disks=disks))
+        restored = restore(
+            directory, lambda value: Machine.build(value, name=name, serial=serial, disks=disks, nets=nets)
+        )
         machine = restored.machine
         assert isinstance(machine, Machine)
         session.adopt(machine)
@@ -80,6 +83,7 @@ def run_incoming(
     name: str,
     serial: str,
     disks: Sequence[DiskConfig] = (),
+    nets: Sequence[NetConfig] = (),
     *,
     paused: bool = False,
     show: ShowFidelity | None = None,
@@ -89,7 +93,7 @@ def run_incoming(
         listener = Listener(address)
 
         def build(value: Mapping[str, Value]) -> Machine:
-            machine = Machine.build(value, name=name, serial=serial, disks=disks)
+            machine = Machine.build(value, name=name, serial=serial, disks=disks, nets=nets)
             session.adopt(machine)
             # Its threads are there before the source pauses: they would cost time in the blackout.
             machine.start()
