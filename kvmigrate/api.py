@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from .config import Address, DiskConfig, MigrationParameters, NetConfig, SnapshotParameters
+from .config import Address, ClockPolicy, DiskConfig, MigrationParameters, NetConfig, SnapshotParameters
 from .control.runtime import open_runtime_dir
 from .machine.machine import Machine
 from .machine.rehearsal import rehearse
@@ -122,16 +122,22 @@ def restore(
     serial: str = "null",
     disks: Sequence[DiskConfig] = (),
     nets: Sequence[NetConfig] = (),
+    clone: bool = False,
+    clock: ClockPolicy = ClockPolicy.CONTINUE,
 ) -> Restored:
     """Make the machine that ``directory`` holds; call :meth:`Machine.start` and :meth:`Machine.resume` to let it run.
+
+    Other than the command, this does not hold the snapshot: see to it that a guest runs once, or take a ``clone``.
 
     Raises :class:`SnapshotError` or :class:`RestoreRefused`, naming what is wrong where.
     """
     built: list[Machine] = []
 
     def build(description: Mapping[str, Value]) -> Machine:
-        built.append(Machine.build(description, name=name, serial=serial, disks=disks, nets=nets))
+        machine = Machine.build(description, name=name, serial=serial, disks=disks, nets=nets, clone=clone, clock=clock)
+        built.append(machine)
         return built[0]
 
     loaded = load_snapshot(directory, build)
+    built[0].new_generation()
     return Restored(built[0], loaded.fidelity)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 
 from .errors import ConfigError
@@ -42,6 +43,14 @@ def parse_duration_ms(text: str) -> float:
     if match is None:
         raise ConfigError(f"{text!r} is not a duration: write it like 300ms, 1.5s or 2min")
     return float(match[1]) * _UNIT_MS[match[2]]
+
+
+class ClockPolicy(StrEnum):
+    """What a restored guest's clocks make of the time since the save: it did not pass, or as much of it as the host's
+    real-time clock says."""
+
+    CONTINUE = "continue"
+    HOST = "host"
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from ..config import MigrationParameters
+from ..config import ClockPolicy, MigrationParameters
 from ..errors import KvmigrateError
 
 app = typer.Typer(
@@ -152,6 +152,12 @@ def restore(
     directory: Directory,
     name: NewName = "",
     serial: Serial = "stdio",
+    clone: Annotated[
+        bool, typer.Option("--clone", help="As another guest, with a UUID of its own, beside any number of others.")
+    ] = False,
+    clock: Annotated[
+        ClockPolicy, typer.Option(help="Go on from the saved time, or count the time since by the host's clock.")
+    ] = ClockPolicy.CONTINUE,
     paused: Paused = False,
     verbose: Verbose = False,
     disk: OtherDisks = None,
@@ -160,7 +166,7 @@ def restore(
     """Run the guest that was saved in DIR. Stays in the foreground, as run does."""
     from . import machines
 
-    return machines.restore(directory, name, serial, paused, verbose, disk or [], net or [])
+    return machines.restore(directory, name, serial, clone, clock, paused, verbose, disk or [], net or [])
 
 
 @app.command("list")

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..config import BootConfig, DiskConfig, MachineConfig, NetConfig, parse_boot, parse_size
+from ..config import BootConfig, ClockPolicy, DiskConfig, MachineConfig, NetConfig, parse_boot, parse_size
 from . import report
 from .address import parse_address
 
@@ -66,11 +66,20 @@ def receive(
 
 
 def restore(
-    directory: Path, name: str, serial: str, paused: bool, verbose: bool, disks: Sequence[str], nets: Sequence[str]
+    directory: Path,
+    name: str,
+    serial: str,
+    clone: bool,
+    clock: ClockPolicy,
+    paused: bool,
+    verbose: bool,
+    disks: Sequence[str],
+    nets: Sequence[str],
 ) -> int:
     """Restore a snapshot and stay with the guest. Returns the exit status."""
     from ..control import processes
 
     show = report.restored if verbose else None
+    own = name or default_name()
     given = _disks(disks), _nets(nets)
-    return processes.run_restored(directory, name or default_name(), serial, *given, paused=paused, show=show)
+    return processes.run_restored(directory, own, serial, *given, paused=paused, show=show, clone=clone, clock=clock)

@@ -6,11 +6,11 @@ import asyncio
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 
-from ..config import Address, DiskConfig, MachineConfig, NetConfig
+from ..config import Address, ClockPolicy, DiskConfig, MachineConfig, NetConfig
 from ..errors import ControlError
 from ..machine.machine import Machine
 from ..machine.rehearsal import rehearse
@@ -19,6 +19,7 @@ from ..migration.journal import Entry, Journal, Role
 from ..state.fidelity import Fidelity
 from ..state.section import Value
 from . import runtime
+from .leases import leased
 from .session import STATUS_STOPPED, Exit, Session
 
 ShowFidelity = Callable[[Fidelity], None]
@@ -53,17 +54,23 @@ def run_restored(
     *,
     paused: bool = False,
     show: ShowFidelity | None = None,
+    clone: bool = False,
+    clock: ClockPolicy = ClockPolicy.CONTINUE,
 ) -> int:
-    """Restore the snapshot ``directory`` and stay until the guest ends; it stays paused if it was, or if so wanted."""
+    """Restore the snapshot ``directory`` and stay until the guest ends; it stays paused if it was, or if so wanted.
+
+    A ``clone`` is another guest than the saved one, so there may be any number of them; else the snapshot is held."""
     from ..snapshot.load import restore
 
-    with _session(name) as session:
-        restored = restore(
-            directory, lambda value: Machine.build(value, name=name, serial=serial, disks=disks, nets=nets)
-        )
+    def build(value: Mapping[str, Value]) -> Machine:
+        return Machine.build(value, name=name, serial=serial, disks=disks, nets=nets, clone=clone, clock=clock)
+
+    with _session(name, held=None if clone else directory) as session:
+        restored = restore(directory, build)
         machine = restored.machine
         assert isinstance(machine, Machine)
         session.adopt(machine)
+        machine.new_generation()
         if show is not None:
             show(restored.fidelity)
         wait = paused or not restored.description["autostart"]
@@ -117,20 +124,24 @@ def _live(session: Session, begin: Callable[[Session], None]) -> int:
 
 
 @contextmanager
-def _session(name: str) -> Iterator[Session]:
-    """A session that holds ``name``; everything it took is given back at the end, however that comes."""
+def _session(name: str, held: Path | None = None) -> Iterator[Session]:
+    """A session that holds ``name``, and the snapshot ``held``; everything it took is given back at the end, however
+    that comes, and the guest first."""
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = [signal.signal(number, _stopped) for number in numbers]
     try:
         claim = runtime.claim(name)
-        session = Session(claim)
         try:
             _require_settled(claim)
-            yield session
+            with leased(held, claim) if held else nullcontext():
+                session = Session(claim)
+                try:
+                    yield session
+                finally:
+                    session.close()
         except _Stopped:
             raise SystemExit(STATUS_STOPPED) from None
         finally:
-            session.close()
             claim.release()
     finally:
         for number, handler in zip(numbers, before, strict=True):

@@ -1,11 +1,12 @@
 """The runtime directory: the names of the running VMs, their locks, control sockets and journals.
 
-A VM called NAME owns three files, all in one directory of mode 0700::
+A VM called NAME owns these files, all in one directory of mode 0700::
 
     NAME.lock      held by flock(2) for as long as the process lives: the lock, not the file, is the claim
     NAME.sock      the QMP socket, mode 0600
     NAME.journal   who owns a guest that is changing hands; outlives the process when that is in doubt
                    (.NAME.journal.tmp while it is being written)
+    NAME.lease     the snapshot that the guest was restored from: device and inode of its file ``state``
 
 A killed process leaves its files behind but not its lock, so that the next claim of the name, or the next
 ``kvmigrate list``, cleans up after it.
@@ -77,11 +78,16 @@ class Claim:
     def socket_path(self) -> Path:
         return self.directory / f"{self.name}.sock"
 
+    @property
+    def lease_path(self) -> Path:
+        return self.directory / f"{self.name}.lease"
+
     def release(self) -> None:
         """Remove the socket and the lock, in this order: while the lock is held, no one else may make a socket here."""
         if self.lock_fd < 0:
             return
         self.socket_path.unlink(missing_ok=True)
+        self.lease_path.unlink(missing_ok=True)
         self.lock_path.unlink(missing_ok=True)
         os.close(self.lock_fd)
         self.lock_fd = -1
@@ -98,6 +104,7 @@ def claim(name: str) -> Claim:
         raise ConfigError(f"{held.socket_path} is too long for a socket: take a shorter name or XDG_RUNTIME_DIR")
     held.lock_fd = _lock(held.lock_path)
     held.socket_path.unlink(missing_ok=True)
+    held.lease_path.unlink(missing_ok=True)
     (held.directory / f".{name}.journal.tmp").unlink(missing_ok=True)
     return held
 
@@ -163,6 +170,14 @@ def owner_pid(name: str) -> int:
         return int((runtime_dir() / f"{name}.lock").read_text() or 0)
     except (OSError, ValueError):
         return 0
+
+
+def lease_of(name: str) -> str:
+    """The snapshot that the VM ``name`` holds, as its NAME.lease says; nothing when it holds none."""
+    try:
+        return (runtime_dir() / f"{name}.lease").read_text().strip()
+    except OSError:
+        return ""
 
 
 def running_names() -> list[str]:

@@ -13,6 +13,7 @@ attempt to synchronise (Linux bf328e22e472). The formula is step 6 of Documentat
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 from .._core import lib
@@ -38,14 +39,20 @@ class ClockBase:
 
     def moved_offset(self, offset: int, tsc_khz: int) -> int:
         """The TSC offset here of a vCPU that had ``offset`` there, modulo 2**64."""
-        elapsed = (self.clock_ns - self.saved_clock_ns) * tsc_khz // 1_000_000
-        return (offset + elapsed + self.saved_host_tsc - self.host_tsc) % (1 << 64)
+        return (offset + self.elapsed(tsc_khz) + self.saved_host_tsc - self.host_tsc) % (1 << 64)
+
+    def elapsed(self, tsc_khz: int) -> int:
+        """The cycles of a guest's TSC between both."""
+        return (self.clock_ns - self.saved_clock_ns) * tsc_khz // 1_000_000
 
 
 def save_clock(vm: Vm) -> dict[str, Value]:
-    """kvmclock, and the host's TSC at the same instant (read right after where KVM does not give it)."""
+    """kvmclock, and the host's TSC and real time at that instant (read right after where KVM gives none)."""
     clock = vm.get_clock()
-    return {"clock": clock, "host_tsc": _host_tsc(clock)}
+    host_tsc = _host_tsc(clock)
+    if not clock["flags"] & lib.KVM_CLOCK_REALTIME:
+        clock["realtime"] = time.time_ns()
+    return {"clock": clock, "host_tsc": host_tsc}
 
 
 def _host_tsc(clock: dict[str, Value]) -> int:
@@ -75,23 +82,35 @@ def parse_clock(fields: Fields, where: str) -> ParsedClock:
 def load_clock(vm: Vm, saved: ParsedClock, fidelity: Fidelity, *, count_downtime: bool = False) -> ClockBase:
     """Set kvmclock and take the base for every vCPU's TSC. Before any vCPU's state, and before any runs.
 
-    ``count_downtime`` adds the time since the save as the real-time clocks tell it (KVM_CLOCK_REALTIME); where the save
-    has no real time that is refused."""
+    ``count_downtime`` adds the time since the save as the real-time clocks tell it; where they do not tell, that is
+    refused. It is added here and not by KVM_SET_CLOCK, which knows KVM_CLOCK_REALTIME since Linux 5.16 only."""
     clock = saved.clock
-    counts = bool(count_downtime and clock["flags"] & lib.KVM_CLOCK_REALTIME)
-    if count_downtime and not counts:
-        fidelity.refused("clock.realtime", None, None, "the saved clock has no real time to count the downtime from")
-    vm.set_clock(clock | {"flags": lib.KVM_CLOCK_REALTIME if counts else 0, "host_tsc": 0})
+    away_ns = _away_ns(clock, fidelity) if count_downtime else 0
+    wanted_ns = clock["clock"] + away_ns
+    vm.set_clock(clock | {"clock": wanted_ns, "flags": 0, "realtime": 0, "host_tsc": 0})
     now = vm.get_clock()
     host_tsc = _host_tsc(now)
-    _judge(clock["clock"], now["clock"], counts, fidelity)
+    _judge(clock["clock"], wanted_ns, now["clock"], fidelity)
     return ClockBase(clock["clock"], saved.host_tsc, now["clock"], host_tsc)
 
 
-def _judge(saved_ns: int, held_ns: int, counts: bool, fidelity: Fidelity) -> None:
-    if counts and held_ns >= saved_ns:
-        fidelity.adjusted("clock.clock", saved_ns, held_ns, "the downtime is counted, as asked for")
-    elif 0 <= held_ns - saved_ns <= _TOLERANCE_NS:
-        fidelity.adjusted("clock.clock", saved_ns, held_ns, _GOES_ON)
+def _away_ns(clock: dict[str, Value], fidelity: Fidelity) -> int:
+    """How long ago the save was, as this host's real-time clock tells."""
+    saved_ns, here_ns = clock["realtime"], time.time_ns()
+    if not saved_ns:
+        fidelity.refused("clock.realtime", None, here_ns, "the save has no real time to count from: --clock continue")
+    elif here_ns < saved_ns:
+        fidelity.refused("clock.realtime", saved_ns, here_ns, "this host's clock is behind the save: --clock continue")
+    elif clock["clock"] + here_ns - saved_ns > _MAX_CLOCK_NS:
+        fidelity.refused("clock.realtime", saved_ns, here_ns, "no guest is so long away: --clock continue")
     else:
-        fidelity.refused("clock.clock", saved_ns, held_ns, "kvmclock did not take the saved value")
+        return int(here_ns - saved_ns)
+    return 0
+
+
+def _judge(saved_ns: int, wanted_ns: int, held_ns: int, fidelity: Fidelity) -> None:
+    if not 0 <= held_ns - wanted_ns <= _TOLERANCE_NS:
+        fidelity.refused("clock.clock", wanted_ns, held_ns, "kvmclock did not take the value")
+    else:
+        why = _GOES_ON if wanted_ns == saved_ns else "the time since the save is counted, as asked for"
+        fidelity.adjusted("clock.clock", saved_ns, held_ns, why)

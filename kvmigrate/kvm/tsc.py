@@ -47,7 +47,7 @@ def load_tsc(vcpu: Vcpu, saved: SavedTsc, base: ClockBase, fidelity: Fidelity, w
         vcpu.set_tsc_offset(offset)
         wanted = (lib.kmig_host_tsc() + offset) & _MASK
     else:
-        wanted = saved.value
+        wanted = (saved.value + base.elapsed(saved.khz)) & _MASK
         vcpu.set_msrs({msr.IA32_TSC: wanted})
     held = vcpu.get_msrs([msr.IA32_TSC]).get(msr.IA32_TSC, 0)
     off = _signed(held - wanted)

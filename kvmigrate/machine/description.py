@@ -14,7 +14,7 @@ from ..config import MAX_CPUS, MAX_MEMORY_BYTES, MIN_MEMORY_BYTES, DiskConfig, M
 from ..errors import BadField, ConfigError, RestoreRefused
 from ..memory.layout import slots_for
 from ..state.section import Fields, Value
-from .specs import MAX_DEVICES, VirtioSpec, read_specs, specs_for, with_disks, with_nets
+from .specs import MAX_DEVICES, VirtioSpec, read_specs, specs_for, with_disks, with_nets, with_new_macs
 
 MAX_CPUID_ENTRIES = 256
 _CPUID_FIELDS = ("function", "index", "flags", "eax", "ebx", "ecx", "edx")
@@ -46,6 +46,10 @@ class Description:
 
     def renamed(self, name: str) -> Description:
         return replace(self, name=name)
+
+    def cloned(self) -> Description:
+        """As another guest, with a uuid and network addresses of its own: nobody takes it for the saved one."""
+        return replace(self, uuid=str(uuid.uuid4()), virtio=with_new_macs(self.virtio))
 
     def with_disks(self, disks: Iterable[DiskConfig]) -> Description:
         """With other images behind disks that the guest has. Raises :class:`ConfigError`."""

@@ -7,10 +7,10 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from ..config import DiskConfig, MachineConfig, NetConfig
+from ..config import ClockPolicy, DiskConfig, MachineConfig, NetConfig
 from ..contract import RunState
 from ..devices.end import CRASH, GuestEnd
-from ..devices.power import POWER_BUTTON
+from ..devices.power import NEW_GENERATION, POWER_BUTTON
 from ..devices.virtio.transport import WINDOW_BYTES
 from ..errors import ConfigError, StateError
 from ..kvm.cpuid import guest_cpuid
@@ -24,6 +24,7 @@ from .cpus import PAUSE_TIMEOUT_MS, CpuThreads
 from .description import Description
 from .entry import set_entry
 from .exits import ExitHandler
+from .generation import write_generation
 from .platform import Platform
 from .rehearsal import rehearse
 from .runstate import RunStateBox
@@ -39,6 +40,7 @@ class Machine:
     """
 
     def __init__(self, description: Description, serial: str, state: RunState, log_mode: LogMode | None = None) -> None:
+        self._clock = ClockPolicy.CONTINUE
         self._end: GuestEnd | None = None
         self._ended = threading.Event()
         self._runstate = RunStateBox(state)
@@ -89,18 +91,24 @@ class Machine:
         disks: Iterable[DiskConfig] = (),
         nets: Iterable[NetConfig] = (),
         log_mode: LogMode | None = None,
+        clone: bool = False,
+        clock: ClockPolicy = ClockPolicy.CONTINUE,
     ) -> Machine:
         """The empty machine that :meth:`describe` described elsewhere, in INMIGRATE: load its state, then resume.
 
-        ``name`` replaces the described one, each of ``disks`` and ``nets`` the image or tap of the described part of
-        its name. Raises :class:`BadField` for a description that cannot be, :class:`RestoreRefused` when this host
-        lacks a CPU feature that the guest knows of, :class:`ConfigError` or :class:`HostError` for a part that cannot
-        be had.
+        ``name`` replaces the described one, each of ``disks`` and ``nets`` the image or tap of the part of its name; a
+        ``clone`` is another guest than the described one; ``clock`` is what its clocks will make of the time since the
+        save. Raises :class:`BadField` for a description that cannot be, :class:`RestoreRefused` when this host lacks a
+        CPU feature that the guest knows of, :class:`ConfigError` or :class:`HostError` for a part that cannot be had.
         """
-        description = Description.from_value(value).with_disks(disks).with_nets(nets)
+        description = Description.from_value(value)
+        if clone:
+            description = description.cloned()
+        description = description.with_disks(disks).with_nets(nets)
         if name is not None:
             description = description.renamed(name)
         machine = cls(description, serial, RunState.INMIGRATE, log_mode)
+        machine._clock = clock
         try:
             machine.platform.compare_cpuid().require()
             description.require_devices(machine.description.devices)
@@ -177,6 +185,12 @@ class Machine:
         """Ask the guest's system to shut down, by an ACPI event: what it does is its own matter."""
         self.platform.power.raise_event(POWER_BUTTON)
 
+    def new_generation(self) -> None:
+        """Tell the guest, loaded and not run yet, that it goes on from a past that others may share: after every
+        restore, never after a live migration. Linux then draws new random numbers."""
+        if write_generation(self.memory):
+            self.platform.power.raise_event(NEW_GENERATION)
+
     def rehearse(self) -> None:
         """See :meth:`Migratable.rehearse`."""
         rehearse()
@@ -190,7 +204,7 @@ class Machine:
         # Before READY is said, and so before COMMIT: the source gave the disks up when it paused, and can still go on
         # when we do not get them.
         self.platform.virtio.lock()
-        return load_sections(self.platform, sections)
+        return load_sections(self.platform, sections, count_downtime=self._clock is ClockPolicy.HOST)
 
     def digest(self) -> dict[str, Value]:
         """All of a paused guest for comparison: the XXH3-64 of each page and every section, as JSON can carry them."""

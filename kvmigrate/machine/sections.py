@@ -38,7 +38,7 @@ def save_sections(platform: Platform) -> list[Section]:
     return sections + [device.section() for device in platform.devices.values()]
 
 
-def load_sections(platform: Platform, sections: Sequence[Section]) -> Fidelity:
+def load_sections(platform: Platform, sections: Sequence[Section], *, count_downtime: bool = False) -> Fidelity:
     """Set and read back the state of everything but RAM. Raises :class:`StreamError` before anything is set when a
     section is missing, unknown or of a later version.
 
@@ -51,7 +51,7 @@ def load_sections(platform: Platform, sections: Sequence[Section]) -> Fidelity:
     for name in ("vm", *vcpu_names):
         require_version(found[name], VERSION)
     bodies = [{**found[name].body, "cpuid": table} for name, table in zip(vcpu_names, platform.cpuid, strict=True)]
-    fidelity = load_state(platform.vm, found["vm"].body, bodies)
+    fidelity = load_state(platform.vm, found["vm"].body, bodies, count_downtime=count_downtime)
     for name, device in platform.devices.items():
         device.load_section(found[name])
         fidelity.compare(name, dict(found[name].body), device.save())

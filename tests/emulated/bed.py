@@ -4,33 +4,45 @@ from __future__ import annotations
 
 import hashlib
 import sys
+import threading
 from importlib import metadata
 from pathlib import Path
 
-from . import cpio, image, kernel
+from . import cpio, guest, image, kernel
 from .host import Outcome, boot
 
 CACHE = image.ROOT / "build" / "emulated"
+_building = threading.Lock()
 
 
-def run(command: str, directory: Path, timeout_s: float) -> Outcome:
-    """Boot a fresh host that runs ``command`` with kvmigrate installed. ``directory`` keeps what it leaves."""
+def run(command: str, directory: Path, timeout_s: float, *more: str) -> Outcome:
+    """Boot a fresh host that runs ``command`` with kvmigrate installed. ``directory`` keeps what it leaves; ``more`` is
+    for QEMU."""
+    job = directory / "job.cpio"
+    # One at a time: a build writes beside the sources.
+    with _building:
+        linux, base = prepare()
+        image.write_job(job, linux, image.build_wheel(directory), command)
+    return boot(linux.image, [base, job], directory, timeout_s, *more)
+
+
+def prepare() -> tuple[kernel.Kernel, Path]:
+    """The host's kernel, and the archive that all hosts have in common; what is there already is kept."""
     CACHE.mkdir(parents=True, exist_ok=True)
     linux = kernel.fetch(CACHE)
-    base, job = CACHE / f"base-{_key(linux)}.cpio", directory / "job.cpio"
+    base = CACHE / f"base-{_key(linux)}.cpio"
     if not base.exists():
         for old in CACHE.glob("base-*"):
             old.unlink()
         beside = base.with_suffix(".new")
         image.write_base(beside, linux)
         beside.rename(base)
-    image.write_job(job, linux, image.build_wheel(directory), command)
-    return boot(linux.image, [base, job], directory, timeout_s)
+    return linux, base
 
 
 def _key(linux: kernel.Kernel) -> str:
     """Changes with anything that the base is made of."""
     packages = sorted(f"{one.name} {one.version}" for one in metadata.distributions())
-    sources = [Path(str(module.__file__)).read_text() for module in (image, cpio, kernel)]
+    sources = [Path(str(module.__file__)).read_text() for module in (image, cpio, guest, kernel)]
     parts = [sys.version, str(image.python()), linux.image.name, *packages, *sources]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]

@@ -18,6 +18,7 @@ from importlib.metadata import Distribution
 from pathlib import Path
 
 from .cpio import Archive
+from .guest import add_guest
 from .kernel import Kernel
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -70,6 +71,7 @@ def write_base(path: Path, kernel: Kernel) -> None:
             archive.add_link(f"bin/{tool}", "busybox")
         for name, content in kernel.modules():
             archive.add_bytes(f"modules/{name}.ko", content)
+        add_guest(archive, kernel)
         _add_python(archive)
         _add_site(archive)
         archive.close()

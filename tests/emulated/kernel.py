@@ -5,13 +5,14 @@ from __future__ import annotations
 import lzma
 import re
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 
 import zstandard
 
 # Meta packages in order of preference: Debian's, Ubuntu's. Each depends on the image of one version.
 META_PACKAGES = ("linux-image-cloud-amd64", "linux-image-virtual", "linux-image-generic")
-MODULES = ("kvm-amd",)
+MODULES = ("kvm-amd", "tun", "bridge", "virtio-pci", "virtio-net")
 
 
 class Kernel:
@@ -25,10 +26,10 @@ class Kernel:
             for path in (directory / "lib/modules").rglob(pattern)
         }
 
-    def modules(self) -> list[tuple[str, bytes]]:
-        """What to insert for kvm_amd: each name with its content, after what it depends on."""
+    def modules(self, names: Iterable[str] = MODULES) -> list[tuple[str, bytes]]:
+        """What to insert for ``names``: each name with its content, after what it depends on."""
         found: dict[str, bytes] = {}
-        for name in MODULES:
+        for name in names:
             self._add(name, found)
         return list(found.items())
 

@@ -20,8 +20,10 @@ SELECTED = (
     "tests/machine/test_machine.py::test_power_off_ends_with_status_0_after_the_serial_output",
     "tests/machine/test_machine.py::test_a_triple_fault_is_a_crash_that_is_named",
     "tests/emulated/inside/moving.py",
+    "tests/emulated/inside/linux.py",
+    "tests/emulated/inside/storage.py",
 )
-LEAST_TESTS = 10
+LEAST_TESTS = 15
 
 pytestmark = pytest.mark.timeout(TIMEOUT_S + 120)
 

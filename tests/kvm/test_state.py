@@ -140,6 +140,18 @@ def test_an_msr_that_this_host_lacks_is_refused_unless_it_was_at_reset(pair: tup
         fidelity.require()
 
 
+def test_loading_a_guest_that_asked_for_the_wall_clock_writes_no_memory(pair: tuple[TinyVm, TinyVm]) -> None:
+    source, target = pair
+    asked_at = 0x6000
+    assert not source.cpu.set_msrs({lib.MSR_KVM_WALL_CLOCK_NEW: asked_at})
+    assert source.memory.read(asked_at, 12) != bytes(12), "KVM answers at once"
+    before = target.memory.read(0, target.memory.size_bytes)
+    _, fidelity = transfer(source, target)
+    fidelity.require()
+    assert target.memory.read(0, target.memory.size_bytes) == before
+    assert not_exact(fidelity)["vcpu0.msrs.MSR_KVM_WALL_CLOCK_NEW"] is Verdict.DROPPED
+
+
 def test_one_refused_msr_does_not_hide_those_after_it(pair: tuple[TinyVm, TinyVm]) -> None:
     _, target = pair
     cpu = target.cpu

@@ -1,0 +1,54 @@
+"""A Linux guest for the emulated host to run: the distribution's kernel and an initramfs with a shell on its console.
+
+Its init loads the virtio drivers, writes ``READY`` and then a heartbeat ten times a second, and runs what is typed on
+the serial port. ``cpus`` in the console's output tells how many processors it found.
+"""
+
+from __future__ import annotations
+
+import io
+import shutil
+from pathlib import Path
+
+from .cpio import Archive
+from .kernel import Kernel
+
+KERNEL, INITRD = "/guest/vmlinuz", "/guest/initrd"
+DRIVERS = ("virtio-mmio", "virtio-blk", "virtio-net", "virtio-rng", "button")
+TOOLS = (
+    "sh", "mount", "insmod", "cat", "ls", "echo", "sleep", "dmesg", "grep", "nproc", "stty", "poweroff", "reboot", "dd",
+    "md5sum", "sync", "ifconfig", "ip", "ping", "nc", "wc", "cut", "usleep", "cmp", "uptime", "mkdir", "awk", "kill",
+)  # fmt: skip
+INIT = """#!/bin/sh
+export PATH=/bin
+mount -t proc proc /proc; mount -t sysfs sys /sys; mount -t devtmpfs dev /dev; mount -t tmpfs tmp /tmp
+for module in {drivers}; do insmod /modules/$module.ko; done
+stty -echo -onlcr
+echo "cpus $(nproc), clock $(cat /sys/devices/system/clocksource/clocksource0/current_clocksource)"
+echo READY
+(n=0; while :; do n=$((n + 1)); echo "H 0 $n"; usleep 100000; done) &
+while read -r line; do eval "$line"; done
+poweroff -f
+"""
+
+
+def add_guest(archive: Archive, kernel: Kernel) -> None:
+    """Put the guest's kernel and initramfs into the host's file system."""
+    archive.add(kernel.image, KERNEL)
+    archive.add_bytes(INITRD, _initramfs(kernel))
+
+
+def _initramfs(kernel: Kernel) -> bytes:
+    out = io.BytesIO()
+    archive = Archive(out)
+    for name in ("proc", "sys", "dev", "tmp"):
+        archive.add_directory(name)
+    archive.add(Path(shutil.which("busybox") or "/bin/busybox").resolve(), "/bin/busybox")
+    for tool in TOOLS:
+        archive.add_link(f"bin/{tool}", "busybox")
+    drivers = kernel.modules(DRIVERS)
+    for name, content in drivers:
+        archive.add_bytes(f"modules/{name}.ko", content)
+    archive.add_bytes("init", INIT.format(drivers=" ".join(name for name, _ in drivers)).encode(), 0o755)
+    archive.close()
+    return out.getvalue()

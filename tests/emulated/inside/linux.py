@@ -1,0 +1,78 @@
+"""An unmodified Linux kernel is a guest on kvm_amd: it finds its machine by ACPI, moves, and switches itself off."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from tests.emulated.guest import INITRD, KERNEL
+from tests.oracle import world as worlds
+from tests.oracle.digest import compare_pages, is_clock, load_pairs, state_differences
+from tests.oracle.heartbeat import judge, require_progress
+from tests.oracle.test_migration import watch
+from tests.oracle.world import POWERED_OFF, Process, World, open_world
+
+from .moving import UNSTABLE
+
+BOOT_S, ANSWER_S = 150.0, 60.0
+MEMORY_MIB = 128
+APPEND = "console=ttyS0 quiet panic=-1"
+# Looked for by the guest itself: all of its log over the serial port takes an emulated host many seconds.
+TROUBLE = "dmesg | grep -E 'soft lockup|rcu.*stall|ource.*unstable|ACPI.*(Error|Warning)|hung task|Oops|BUG:'"
+
+
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+    # A Python that starts in an emulated processor takes seconds.
+    monkeypatch.setattr(worlds, "READY_S", 150.0)
+    monkeypatch.setattr(worlds, "END_S", 150.0)
+    with open_world() as opened:
+        yield opened
+
+
+def boot(world: World, cpus: int, *more: str) -> Process:
+    """A guest with ``cpus`` processors whose init is through, and ``more`` options."""
+    options = ["--initrd", INITRD, "--memory", f"{MEMORY_MIB}M", "--cpus", str(cpus), "--append", APPEND]
+    guest = world.start("run", "vm0", KERNEL, *options, *more)
+    guest.log.wait_for("READY", BOOT_S)
+    return guest
+
+
+def said(guest: Process, command: str) -> list[str]:
+    """Type ``command``; the lines that it wrote, without the heartbeats between them."""
+    before = guest.log.text.count("\nEND\n")
+    guest.log.send(f"echo BEGIN; {command}; echo END\n")
+    deadline = time.monotonic() + ANSWER_S
+    while guest.log.text.count("\nEND\n") == before:
+        assert time.monotonic() < deadline, f"no answer to {command!r}: {guest.log.text[-300:]!r}"
+        time.sleep(0.1)
+    answer = guest.log.text.split("\nBEGIN\n")[-1].split("\nEND\n")[0]
+    return [line for line in answer.split("\n") if line not in ("BEGIN", "END") and not line.startswith("H ")]
+
+
+@pytest.mark.parametrize("cpus", [1, 2])
+def test_debian_boots_finds_every_cpu_and_powers_off(world: World, cpus: int) -> None:
+    guest = boot(world, cpus)
+    assert f"cpus {cpus}, clock kvm-clock\n" in guest.log.text
+    devices = {word for line in said(guest, "ls -1 /sys/bus/acpi/devices") for word in line.split()}
+    assert {"ACPI0013:00", "PNP0501:00", "PNP0C0C:00", "QEMU0001:00"} <= devices
+    assert said(guest, TROUBLE) == []
+    guest.log.send("poweroff -f\n")
+    assert guest.wait_end() == POWERED_OFF, guest.stderr
+
+
+def test_a_running_debian_moves_with_every_page_and_never_notices(world: World) -> None:
+    digests = watch(world)
+    guest = boot(world, 2)
+    require_progress(guest.log, 5, timeout_s=60)
+    moved = world.hop(guest, world.tcp())
+    require_progress(moved.log, 10, timeout_s=150)
+    assert len(judge(world.logs).blackouts_ms) == 1
+    [(out, into)] = load_pairs(digests)
+    assert sum(compare_pages(out, into)) == MEMORY_MIB << 8
+    assert [text for text in state_differences(out, into) if not is_clock(text) and not UNSTABLE.match(text)] == []
+    assert said(moved, TROUBLE) == []
+    moved.log.send("poweroff -f\n")
+    assert moved.wait_end() == POWERED_OFF, moved.stderr
