@@ -19,7 +19,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import errors
     from .api import Received, Restored, receive, restore, send, take_snapshot
-    from .config import BootConfig, Compression, DiskConfig, MachineConfig, MigrationParameters, SnapshotParameters
+    from .config import (
+        BootConfig,
+        Compression,
+        DiskConfig,
+        MachineConfig,
+        MigrationParameters,
+        NetConfig,
+        SnapshotParameters,
+    )
     from .machine.machine import Machine
 
 _HOME = {
@@ -29,6 +37,7 @@ _HOME = {
     "DiskConfig": "config",
     "MachineConfig": "config",
     "MigrationParameters": "config",
+    "NetConfig": "config",
     "Received": "api",
     "Restored": "api",
     "SnapshotParameters": "config",
@@ -45,6 +54,7 @@ __all__ = [
     "Machine",
     "MachineConfig",
     "MigrationParameters",
+    "NetConfig",
     "Received",
     "Restored",
     "SnapshotParameters",

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from .config import Address, ClockPolicy, DiskConfig, MigrationParameters, SnapshotParameters
+from .config import Address, ClockPolicy, DiskConfig, MigrationParameters, NetConfig, SnapshotParameters
 from .control.runtime import open_runtime_dir
 from .machine.machine import Machine
 from .machine.rehearsal import rehearse
@@ -74,11 +74,12 @@ def receive(
     name: str | None = None,
     serial: str = "null",
     disks: Sequence[DiskConfig] = (),
+    nets: Sequence[NetConfig] = (),
     journal_dir: Path | None = None,
     paused: bool = False,
 ) -> Received:
     """Wait at ``address`` for one guest and take it over; ``name`` and ``serial`` are its own here, and so are
-    the images of those of its ``disks`` that are given.
+    the images and taps of those of its ``disks`` and ``nets`` that are given.
 
     Raises the reason when the guest did not arrive: then it still is at its source and nothing of it is here.
     """
@@ -86,7 +87,7 @@ def receive(
     rehearse()
 
     def build(description: Mapping[str, Value]) -> Machine:
-        built.append(Machine.build(description, name=name, serial=serial, disks=disks))
+        built.append(Machine.build(description, name=name, serial=serial, disks=disks, nets=nets))
         return built[0]
 
     destination = Destination(
@@ -120,6 +121,7 @@ def restore(
     name: str | None = None,
     serial: str = "null",
     disks: Sequence[DiskConfig] = (),
+    nets: Sequence[NetConfig] = (),
     clone: bool = False,
     clock: ClockPolicy = ClockPolicy.CONTINUE,
 ) -> Restored:
@@ -132,7 +134,8 @@ def restore(
     built: list[Machine] = []
 
     def build(description: Mapping[str, Value]) -> Machine:
-        built.append(Machine.build(description, name=name, serial=serial, disks=disks, clone=clone, clock=clock))
+        machine = Machine.build(description, name=name, serial=serial, disks=disks, nets=nets, clone=clone, clock=clock)
+        built.append(machine)
         return built[0]
 
     loaded = load_snapshot(directory, build)

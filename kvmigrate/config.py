@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from enum import StrEnum
@@ -13,6 +14,9 @@ PAGE_BYTES = 4096
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:iB|B)?", re.IGNORECASE)
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(us|ms|s|min|m)?")
+# At most 15 characters, as the kernel takes them (dev_valid_name), and none that an option would be cut at.
+_INTERFACE = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9._-]{1,15}")
+_MAC = re.compile(r"[0-9a-fA-F]{2}(?::[0-9a-fA-F]{2}){5}", re.ASCII)
 _UNIT_BYTES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _UNIT_MS = {None: 1.0, "us": 0.001, "ms": 1.0, "s": 1000.0, "m": 60000.0, "min": 60000.0}
 MAX_CPUS = 64
@@ -123,6 +127,55 @@ def parse_boot(text: str) -> tuple[str, int]:
 
 
 @dataclass(frozen=True, slots=True)
+class NetConfig:
+    """A network device, ``name`` to the user, before the tap ``interface`` of this host. Without a ``mac`` the guest
+    gets one of its own when it is made, or keeps the one that it has."""
+
+    name: str
+    interface: str
+    mac: bytes | None = None
+
+    def __post_init__(self) -> None:
+        if not NAME_PATTERN.fullmatch(self.name) or len(self.name) > 20:
+            what = f"{self.name!r:.80} is not a network's name"
+            raise ConfigError(f"{what}: use letters, digits, dot, dash and underscore, at most 20")
+        if not _INTERFACE.fullmatch(self.interface):
+            raise ConfigError(f"{self.interface!r:.80} is not an interface's name: it has at most 15 characters")
+        if self.mac is not None and not is_station(self.mac):
+            what = f"{self.mac.hex(':')} is not the address of one station"
+            raise ConfigError(f"{what}: take one whose first byte is even, not all zeros")
+
+    @classmethod
+    def parse(cls, text: str) -> NetConfig:
+        """``NAME=tap:IF[,mac=XX:XX:XX:XX:XX:XX]``. Raises :class:`ConfigError`."""
+        head, *options = text.split(",")
+        name, _, place = head.partition("=")
+        kind, _, interface = place.partition(":")
+        if kind != "tap" or not interface:
+            raise ConfigError(f"{text!r} is not a network: write NAME=tap:INTERFACE or NAME=tap:INTERFACE,mac=MAC")
+        mac = None
+        for option in options:
+            key, _, value = option.partition("=")
+            if key != "mac" or mac is not None:
+                raise ConfigError(f"{option!r} is no option of a network: there is only mac=MAC")
+            if not _MAC.fullmatch(value):
+                raise ConfigError(f"{value!r} is not a MAC address: write it like 52:54:00:12:34:56")
+            mac = bytes.fromhex(value.replace(":", ""))
+        return cls(name, interface, mac)
+
+
+def is_station(mac: bytes) -> bool:
+    """Whether ``mac`` can belong to one network card: not to a group, and not zero."""
+    return len(mac) == 6 and not mac[0] & 1 and any(mac)
+
+
+def random_mac() -> bytes:
+    """A locally administered MAC address (IEEE 802, 8.4) that nobody else is likely to have."""
+    drawn = os.urandom(6)
+    return bytes((drawn[0] & 0xFC | 0x02,)) + drawn[1:]
+
+
+@dataclass(frozen=True, slots=True)
 class DiskConfig:
     """A disk: what the guest knows it by, and the raw image or block device behind it."""
 
@@ -156,11 +209,13 @@ class MachineConfig:
     serial: str = "stdio"
     boot: BootConfig | None = None
     disks: tuple[DiskConfig, ...] = ()
+    nets: tuple[NetConfig, ...] = ()
 
     def __post_init__(self) -> None:
-        names = [disk.name for disk in self.disks]
-        if len(set(names)) != len(names):
-            raise ConfigError(f"two disks have one name among {', '.join(names)}: give each its own")
+        for kind, parts in (("disks", self.disks), ("networks", self.nets)):
+            names = [part.name for part in parts]
+            if len(set(names)) != len(names):
+                raise ConfigError(f"two {kind} have one name among {', '.join(names)}: give each its own")
         if not NAME_PATTERN.fullmatch(self.name):
             raise ConfigError(f"{self.name!r} is not a name: use letters, digits, dot, dash and underscore, at most 63")
         if self.memory_bytes % PAGE_BYTES or not MIN_MEMORY_BYTES <= self.memory_bytes <= MAX_MEMORY_BYTES:

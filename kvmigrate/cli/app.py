@@ -52,6 +52,14 @@ OtherDisks = Annotated[
     list[str] | None,
     typer.Option("--disk", metavar="NAME=PATH[,ro]", help="Where a disk of the guest is here, if not at its old path."),
 ]
+Nets = Annotated[
+    list[str] | None,
+    typer.Option("--net", metavar="NAME=tap:IF[,mac=MAC]", help="A network card before a tap; may come several times."),
+]
+OtherNets = Annotated[
+    list[str] | None,
+    typer.Option("--net", metavar="NAME=tap:IF[,mac=MAC]", help="The tap of a network of the guest, if another here."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")]
 Paused = Annotated[bool, typer.Option("--paused", help="Do not let the guest run until kvmigrate resume.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Also show what became of every item of state.")]
@@ -78,6 +86,7 @@ def run(
     serial: Serial = "stdio",
     paused: Paused = False,
     disk: Disks = None,
+    net: Nets = None,
 ) -> int:
     """Run IMAGE as a guest. Stays in the foreground until the guest ends or has moved.
 
@@ -85,7 +94,7 @@ def run(
     """
     from . import machines
 
-    return machines.run(image, name, memory, cpus, initrd, append, boot, serial, paused, disk or [])
+    return machines.run(image, name, memory, cpus, initrd, append, boot, serial, paused, disk or [], net or [])
 
 
 @app.command()
@@ -96,11 +105,12 @@ def receive(
     paused: Paused = False,
     verbose: Verbose = False,
     disk: OtherDisks = None,
+    net: OtherNets = None,
 ) -> int:
     """Wait at ADDRESS for one guest and take it over. Stays in the foreground, as run does."""
     from . import machines
 
-    return machines.receive(address, name, serial, paused, verbose, disk or [])
+    return machines.receive(address, name, serial, paused, verbose, disk or [], net or [])
 
 
 @app.command()
@@ -151,11 +161,12 @@ def restore(
     paused: Paused = False,
     verbose: Verbose = False,
     disk: OtherDisks = None,
+    net: OtherNets = None,
 ) -> int:
     """Run the guest that was saved in DIR. Stays in the foreground, as run does."""
     from . import machines
 
-    return machines.restore(directory, name, serial, clone, clock, paused, verbose, disk or [])
+    return machines.restore(directory, name, serial, clone, clock, paused, verbose, disk or [], net or [])
 
 
 @app.command("list")

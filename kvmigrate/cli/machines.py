@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..config import BootConfig, ClockPolicy, DiskConfig, MachineConfig, parse_boot, parse_size
+from ..config import BootConfig, ClockPolicy, DiskConfig, MachineConfig, NetConfig, parse_boot, parse_size
 from . import report
 from .address import parse_address
 
@@ -27,6 +27,7 @@ def run(
     serial: str,
     paused: bool,
     disks: Sequence[str],
+    nets: Sequence[str],
 ) -> int:
     """Boot ``image`` and stay with it. Returns the exit status."""
     method, load_addr = parse_boot(boot)
@@ -37,6 +38,7 @@ def run(
         serial=serial,
         boot=BootConfig(image, method, load_addr, initrd, append),
         disks=_disks(disks),
+        nets=_nets(nets),
     )
     from ..control import processes
 
@@ -47,14 +49,20 @@ def _disks(texts: Sequence[str]) -> tuple[DiskConfig, ...]:
     return tuple(DiskConfig.parse(text) for text in texts)
 
 
-def receive(address: str, name: str, serial: str, paused: bool, verbose: bool, disks: Sequence[str]) -> int:
+def _nets(texts: Sequence[str]) -> tuple[NetConfig, ...]:
+    return tuple(NetConfig.parse(text) for text in texts)
+
+
+def receive(
+    address: str, name: str, serial: str, paused: bool, verbose: bool, disks: Sequence[str], nets: Sequence[str]
+) -> int:
     """Wait for a guest and stay with it. Returns the exit status."""
     listen_at = parse_address(address)
     from ..control import processes
 
     show = report.restored if verbose else None
-    given = _disks(disks)
-    return processes.run_incoming(listen_at, name or default_name(), serial, given, paused=paused, show=show)
+    given = _disks(disks), _nets(nets)
+    return processes.run_incoming(listen_at, name or default_name(), serial, *given, paused=paused, show=show)
 
 
 def restore(
@@ -66,13 +74,12 @@ def restore(
     paused: bool,
     verbose: bool,
     disks: Sequence[str],
+    nets: Sequence[str],
 ) -> int:
     """Restore a snapshot and stay with the guest. Returns the exit status."""
     from ..control import processes
 
     show = report.restored if verbose else None
     own = name or default_name()
-    given = _disks(disks)
-    return processes.run_restored(
-        directory, own, serial, given, paused=paused, show=show, clone=clone, clock=clock
-    )
+    given = _disks(disks), _nets(nets)
+    return processes.run_restored(directory, own, serial, *given, paused=paused, show=show, clone=clone, clock=clock)

@@ -10,7 +10,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 
-from ..config import Address, ClockPolicy, DiskConfig, MachineConfig
+from ..config import Address, ClockPolicy, DiskConfig, MachineConfig, NetConfig
 from ..errors import ControlError
 from ..machine.machine import Machine
 from ..machine.rehearsal import rehearse
@@ -50,6 +50,7 @@ def run_restored(
     name: str,
     serial: str,
     disks: Sequence[DiskConfig] = (),
+    nets: Sequence[NetConfig] = (),
     *,
     paused: bool = False,
     show: ShowFidelity | None = None,
@@ -62,7 +63,7 @@ def run_restored(
     from ..snapshot.load import restore
 
     def build(value: Mapping[str, Value]) -> Machine:
-        return Machine.build(value, name=name, serial=serial, disks=disks, clone=clone, clock=clock)
+        return Machine.build(value, name=name, serial=serial, disks=disks, nets=nets, clone=clone, clock=clock)
 
     with _session(name, held=None if clone else directory) as session:
         restored = restore(directory, build)
@@ -89,6 +90,7 @@ def run_incoming(
     name: str,
     serial: str,
     disks: Sequence[DiskConfig] = (),
+    nets: Sequence[NetConfig] = (),
     *,
     paused: bool = False,
     show: ShowFidelity | None = None,
@@ -98,7 +100,7 @@ def run_incoming(
         listener = Listener(address)
 
         def build(value: Mapping[str, Value]) -> Machine:
-            machine = Machine.build(value, name=name, serial=serial, disks=disks)
+            machine = Machine.build(value, name=name, serial=serial, disks=disks, nets=nets)
             session.adopt(machine)
             # Its threads are there before the source pauses: they would cost time in the blackout.
             machine.start()

@@ -22,6 +22,8 @@
 #include "api/stream.h"
 #include "api/file.h"
 #include "api/virtio.h"
+#include "api/virtio_balloon.h"
+#include "api/virtio_net.h"
 
 // A planted fault exists only in the test build that is compiled with -DKMIG_PLANTED_FAULTS; elsewhere this is 0
 // and the compiler removes what it guards. tests/planted names each one and says which oracle catches it.

@@ -10,11 +10,11 @@ import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from ..config import MAX_CPUS, MAX_MEMORY_BYTES, MIN_MEMORY_BYTES, DiskConfig, MachineConfig
+from ..config import MAX_CPUS, MAX_MEMORY_BYTES, MIN_MEMORY_BYTES, DiskConfig, MachineConfig, NetConfig
 from ..errors import BadField, ConfigError, RestoreRefused
 from ..memory.layout import slots_for
 from ..state.section import Fields, Value
-from .specs import MAX_DEVICES, VirtioSpec, read_specs, specs_for, with_disks
+from .specs import MAX_DEVICES, VirtioSpec, read_specs, specs_for, with_disks, with_nets, with_new_macs
 
 MAX_CPUID_ENTRIES = 256
 _CPUID_FIELDS = ("function", "index", "flags", "eax", "ebx", "ecx", "edx")
@@ -37,7 +37,8 @@ class Description:
     @classmethod
     def new(cls, config: MachineConfig, cpuid: tuple[CpuidTable, ...]) -> Description:
         """Describe a machine that is made here and now; :meth:`completed` adds the rest."""
-        return cls(config.name, str(uuid.uuid4()), config.memory_bytes, cpuid, 0, {}, virtio=specs_for(config.disks))
+        virtio = specs_for(config.disks, config.nets)
+        return cls(config.name, str(uuid.uuid4()), config.memory_bytes, cpuid, 0, {}, virtio=virtio)
 
     def completed(self, devices: Mapping[str, int], tsc_khz: int, cpuid: tuple[CpuidTable, ...]) -> Description:
         """With what is known only once the machine exists: of CPUID what the kernel made of it."""
@@ -47,12 +48,16 @@ class Description:
         return replace(self, name=name)
 
     def cloned(self) -> Description:
-        """As another guest: with a uuid of its own, by which nobody takes it for the saved one."""
-        return replace(self, uuid=str(uuid.uuid4()))
+        """As another guest, with a uuid and network addresses of its own: nobody takes it for the saved one."""
+        return replace(self, uuid=str(uuid.uuid4()), virtio=with_new_macs(self.virtio))
 
     def with_disks(self, disks: Iterable[DiskConfig]) -> Description:
         """With other images behind disks that the guest has. Raises :class:`ConfigError`."""
         return replace(self, virtio=with_disks(self.virtio, disks))
+
+    def with_nets(self, nets: Iterable[NetConfig]) -> Description:
+        """With other taps, or addresses, for networks that the guest has. Raises :class:`ConfigError`."""
+        return replace(self, virtio=with_nets(self.virtio, nets))
 
     def require_devices(self, mine: Mapping[str, int]) -> None:
         """Raise :class:`RestoreRefused` unless this host's machine has exactly these devices, at least as new."""

@@ -6,33 +6,40 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..config import DiskConfig
+from ..config import DiskConfig, NetConfig, random_mac
 from ..errors import BadField, ConfigError
 from ..state.section import Fields, Value
 
 MAX_DEVICES = 14
 """As many as there are interrupt lines for them."""
 RNG = "rng0"
+BALLOON = "balloon"
 
 
 @dataclass(frozen=True, slots=True)
 class VirtioSpec:
-    """One device: a disk, or without one the entropy device. ``name`` is its section's name."""
+    """One device: a disk, a network card whose ``net`` has an address, or with neither what ``name`` says, which is its
+    section's name too."""
 
     name: str
     disk: DiskConfig | None = None
+    net: NetConfig | None = None
 
     def to_value(self) -> dict[str, Value]:
         """As a msgpack map, as :func:`read_specs` reads it."""
-        if self.disk is None:
-            return {"kind": "rng", "name": self.name}
-        disk = self.disk
-        return {"kind": "disk", "name": disk.name, "path": str(disk.path.absolute()), "read_only": disk.read_only}
+        if self.disk is not None:
+            disk = self.disk
+            return {"kind": "disk", "name": disk.name, "path": str(disk.path.absolute()), "read_only": disk.read_only}
+        if self.net is not None:
+            return {"kind": "net", "name": self.net.name, "interface": self.net.interface, "mac": self.net.mac}
+        return {"kind": "balloon" if self.name == BALLOON else "rng", "name": self.name}
 
 
-def specs_for(disks: Iterable[DiskConfig]) -> tuple[VirtioSpec, ...]:
-    """The devices of a new machine: entropy, which every machine has, then the disks in their order."""
-    return (VirtioSpec(RNG), *map(_disk_spec, disks))
+def specs_for(disks: Iterable[DiskConfig], nets: Iterable[NetConfig] = ()) -> tuple[VirtioSpec, ...]:
+    """The devices of a new machine: entropy, which every machine has, then the disks and the networks in their order,
+    then the balloon, which every machine has too. A network without an address gets one."""
+    addressed = [net if net.mac else replace(net, mac=random_mac()) for net in nets]
+    return (VirtioSpec(RNG), *map(_disk_spec, disks), *map(_net_spec, addressed), VirtioSpec(BALLOON))
 
 
 def read_specs(value: Sequence[Value]) -> tuple[VirtioSpec, ...]:
@@ -63,6 +70,31 @@ def with_disks(specs: Sequence[VirtioSpec], disks: Iterable[DiskConfig]) -> tupl
     return tuple(changed)
 
 
+def with_nets(specs: Sequence[VirtioSpec], nets: Iterable[NetConfig]) -> tuple[VirtioSpec, ...]:
+    """``specs`` with the taps, and the addresses if there are any, that ``nets`` name instead of the described ones.
+
+    Raises :class:`ConfigError` for a network that the guest does not have.
+    """
+    changed = {spec.name: spec for spec in specs}
+    for net in nets:
+        name = _net_spec(net).name
+        described = changed[name].net if name in changed else None
+        if described is None:
+            has = ", ".join(spec.net.name for spec in specs if spec.net is not None) or "none"
+            raise ConfigError(f"network {net.name}: the guest has no network of this name, it has: {has}")
+        changed[name] = _net_spec(replace(net, mac=net.mac or described.mac))
+    return tuple(changed.values())
+
+
+def with_new_macs(specs: Sequence[VirtioSpec]) -> tuple[VirtioSpec, ...]:
+    """``specs`` of another guest: no network card has the address of the described one."""
+    return tuple(_net_spec(replace(spec.net, mac=random_mac())) if spec.net else spec for spec in specs)
+
+
+def _net_spec(net: NetConfig) -> VirtioSpec:
+    return VirtioSpec(f"net-{net.name}", net=net)
+
+
 def _disk_spec(disk: DiskConfig) -> VirtioSpec:
     return VirtioSpec(f"disk-{disk.name}", disk)
 
@@ -71,6 +103,10 @@ def _read_spec(fields: Fields) -> VirtioSpec:
     kind, name = fields.text("kind", 16), fields.text("name", 64)
     if kind == "rng" and name == RNG:
         spec = VirtioSpec(RNG)
+    elif kind == "balloon" and name == BALLOON:
+        spec = VirtioSpec(BALLOON)
+    elif kind == "net":
+        spec = _net_spec(NetConfig(name, fields.text("interface", 15), fields.blob("mac", 6, exact=True)))
     elif kind == "disk":
         path = fields.text("path")
         if "\0" in path or not path.startswith("/"):

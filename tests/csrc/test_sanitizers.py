@@ -1,4 +1,4 @@
-"""The C core under AddressSanitizer and UndefinedBehaviorSanitizer, driven by the memory tests."""
+"""The C core under AddressSanitizer and UndefinedBehaviorSanitizer, driven by the tests of memory and of virtio."""
 
 from __future__ import annotations
 
@@ -41,6 +41,15 @@ def test_the_memory_tests_find_no_fault_under_the_sanitizers(sanitized: Path, en
     # Those that time things or drive a guest for long are about the kernel's behaviour, not about the core's memory.
     skipped = "bandwidth or untouched or while_rounds_run or counters_can"
     result = run_pytest(sanitized, ["tests/memory", "-k", f"not ({skipped})"], env, timeout_s=120)
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
+    assert " passed" in result.stdout
+
+
+@pytest.mark.timeout(200)
+def test_virtio_devices_and_hostile_drivers_find_no_fault_under_the_sanitizers(
+    sanitized: Path, env: dict[str, str]
+) -> None:
+    result = run_pytest(sanitized, ["tests/devices/virtio"], env, timeout_s=180)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
     assert " passed" in result.stdout
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from pathlib import Path
 
-from kvmigrate.config import BootConfig, DiskConfig, MachineConfig
+from kvmigrate.config import BootConfig, DiskConfig, MachineConfig, NetConfig
 from kvmigrate.machine.machine import Machine
 
 MULTIBOOT_MAGIC, HAS_ADDRESSES, LOAD_GPA, HEADER_BYTES = 0x1BADB002, 1 << 16, 1 << 20, 32
@@ -26,7 +26,9 @@ def out_byte(port: int, value: int) -> bytes:
     return b"\xba" + port.to_bytes(2, "little") + bytes([0xB0, value, 0xEE])
 
 
-def protected_mode_machine(directory: Path, code: bytes, disks: tuple[DiskConfig, ...] = ()) -> Machine:
+def protected_mode_machine(
+    directory: Path, code: bytes, disks: tuple[DiskConfig, ...] = (), nets: tuple[NetConfig, ...] = ()
+) -> Machine:
     """A machine that starts ``code`` in 32-bit protected mode without paging, at 1 MiB + 32."""
     header = struct.pack(
         "<IIIIIIII",
@@ -41,4 +43,4 @@ def protected_mode_machine(directory: Path, code: bytes, disks: tuple[DiskConfig
     )
     image = directory / "image"
     image.write_bytes(header + code)
-    return Machine.create(MachineConfig("test", 4 << 20, 1, "null", BootConfig(image, "multiboot"), disks))
+    return Machine.create(MachineConfig("test", 4 << 20, 1, "null", BootConfig(image, "multiboot"), disks, nets))
