@@ -18,8 +18,8 @@ from kvmigrate.cli.app import run_command
 from .command import Host
 
 VERBS = (
-    "run", "receive", "send", "snapshot", "restore", "list", "query", "pause", "resume", "cancel", "stop", "inspect",
-    "verify", "resolve", "doctor", "demo",
+    "run", "receive", "send", "snapshot", "restore", "list", "query", "pause", "resume", "cancel", "powerdown",
+    "stop", "inspect", "verify", "resolve", "doctor", "demo",
 )  # fmt: skip
 
 
