@@ -67,7 +67,7 @@ def main(here: int, hops: int) -> None:
             for number in range(hops):
                 guest = hop(world, guest, here, number)
             if guest is not None:
-                assert said(guest, TROUBLE) == []
+                assert not (trouble := said(guest, TROUBLE)), trouble
                 guest.log.send("poweroff -f\n")
                 assert guest.wait_end() == POWERED_OFF, guest.stderr
         finally:

@@ -58,7 +58,7 @@ def test_debian_boots_finds_every_cpu_and_powers_off(world: World, cpus: int) ->
     assert f"cpus {cpus}, clock kvm-clock\n" in guest.log.text
     devices = {word for line in said(guest, "ls -1 /sys/bus/acpi/devices") for word in line.split()}
     assert {"ACPI0013:00", "PNP0501:00", "PNP0C0C:00", "QEMU0001:00"} <= devices
-    assert said(guest, TROUBLE) == []
+    assert not (trouble := said(guest, TROUBLE)), trouble
     guest.log.send("poweroff -f\n")
     assert guest.wait_end() == POWERED_OFF, guest.stderr
 
@@ -73,6 +73,6 @@ def test_a_running_debian_moves_with_every_page_and_never_notices(world: World) 
     [(out, into)] = load_pairs(digests)
     assert sum(compare_pages(out, into)) == MEMORY_MIB << 8
     assert [text for text in state_differences(out, into) if not is_clock(text) and not UNSTABLE.match(text)] == []
-    assert said(moved, TROUBLE) == []
+    assert not (trouble := said(moved, TROUBLE)), trouble
     moved.log.send("poweroff -f\n")
     assert moved.wait_end() == POWERED_OFF, moved.stderr

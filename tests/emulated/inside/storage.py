@@ -97,6 +97,6 @@ def test_a_connection_outlives_a_move_with_every_line_in_its_place(world: World,
         thread.join(120)
     assert 0 < at_move < NR_LINES, "the move was in the middle"
     assert received == [f"line {at}" for at in range(NR_LINES)]
-    assert said(destination, TROUBLE) == []
+    assert not (trouble := said(destination, TROUBLE)), trouble
     destination.log.send("poweroff -f\n")
     assert destination.wait_end() == POWERED_OFF, destination.stderr
