@@ -210,6 +210,8 @@ class MachineConfig:
     boot: BootConfig | None = None
     disks: tuple[DiskConfig, ...] = ()
     nets: tuple[NetConfig, ...] = ()
+    cpu: str = "host"
+    """``host``, ``baseline`` or the path of a file: see :func:`kvmigrate.kvm.cpu_files.choose_cpu`."""
 
     def __post_init__(self) -> None:
         for kind, parts in (("disks", self.disks), ("networks", self.nets)):

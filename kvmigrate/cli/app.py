@@ -82,6 +82,7 @@ def run(
     cpus: Annotated[int, typer.Option(help="Number of vCPUs.")] = 1,
     initrd: Annotated[Path | None, typer.Option(help="Initial RAM disk, or multiboot module.")] = None,
     append: Annotated[str, typer.Option(help="Command line of the guest's kernel.")] = "",
+    cpu: Annotated[str, typer.Option(help="host, baseline, or a file of cpu-baseline.", metavar="CPU")] = "host",
     boot: Annotated[str, typer.Option(help="auto, flat@ADDR, multiboot, pvh or linux.")] = "auto",
     serial: Serial = "stdio",
     paused: Paused = False,
@@ -94,7 +95,7 @@ def run(
     """
     from . import machines
 
-    return machines.run(image, name, memory, cpus, initrd, append, boot, serial, paused, disk or [], net or [])
+    return machines.run(image, name, memory, cpus, cpu, initrd, append, boot, serial, paused, disk or [], net or [])
 
 
 @app.command()
@@ -259,6 +260,18 @@ def doctor(json: Json = False) -> int:
     from . import doctor as verb
 
     return verb.doctor(as_json=json)
+
+
+@app.command("cpu-baseline")
+def cpu_baseline(
+    hosts: Annotated[list[Path], typer.Argument(help="What doctor --json said on each host.", metavar="FILE…")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="File to write, for run --cpu.")] = None,
+    json: Json = False,
+) -> int:
+    """Find the CPU that all hosts have in common. A guest that is run with it can move to each of them."""
+    from . import baseline as verb
+
+    return verb.cpu_baseline(hosts, output, as_json=json)
 
 
 @app.command()

@@ -50,7 +50,7 @@ def doctor(*, as_json: bool) -> int:
     findings = list(examine())
     ok = all(finding.status != FAIL for finding in findings)
     if as_json:
-        show.print_json({"ok": ok, "checks": [asdict(finding) for finding in findings]})
+        show.print_json({"ok": ok, "checks": [asdict(finding) for finding in findings], **_cpu()})
         return 0 if ok else 1
     rows = [[f.check, f.status, f.text + (f" – {f.mend}" if f.mend else "")] for f in findings]
     show.table("", ["check", "", "what was found"], rows)
@@ -68,6 +68,17 @@ def examine() -> Iterator[Finding]:
             yield from check()
         except (KvmigrateError, OSError) as error:
             yield Finding(check.__name__.strip("_"), FAIL, str(error))
+
+
+def _cpu() -> dict[str, object]:
+    """What ``kvmigrate cpu-baseline`` reads; nothing where KVM cannot be asked."""
+    if not os.access("/dev/kvm", os.R_OK | os.W_OK):
+        return {}
+    from ..kvm.cpu_files import FORMAT
+    from ..kvm.system import System
+
+    with System.open() as system:
+        return {"format": FORMAT, "kernel": platform.release(), "cpuid": system.supported_cpuid()}
 
 
 def _host() -> Iterator[Finding]:

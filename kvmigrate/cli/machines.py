@@ -21,6 +21,7 @@ def run(
     name: str,
     memory: str,
     cpus: int,
+    cpu: str,
     initrd: Path | None,
     append: str,
     boot: str,
@@ -39,6 +40,7 @@ def run(
         boot=BootConfig(image, method, load_addr, initrd, append),
         disks=_disks(disks),
         nets=_nets(nets),
+        cpu=cpu,
     )
     from ..control import processes
 

@@ -63,11 +63,13 @@ class Machine:
         """
         # Not at the top: a machine that is restored or received does without, and should not wait for it.
         from ..boot import Hardware, VirtioSlot, load_boot
+        from ..kvm.cpu_files import choose_cpu
 
         if config.boot is None:
             raise ConfigError("a machine needs an image to boot")
         with System.open() as system:
-            cpuid = tuple(guest_cpuid(system.supported_cpuid(), at, config.nr_cpus) for at in range(config.nr_cpus))
+            cpu = choose_cpu(config.cpu, system.supported_cpuid())
+            cpuid = tuple(guest_cpuid(cpu, at, config.nr_cpus) for at in range(config.nr_cpus))
         machine = cls(Description.new(config, cpuid), config.serial, RunState.PRELAUNCH, log_mode)
         try:
             machine.platform.virtio.lock()

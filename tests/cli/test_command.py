@@ -19,7 +19,7 @@ from .command import Host
 
 VERBS = (
     "run", "receive", "send", "snapshot", "restore", "list", "query", "pause", "resume", "cancel", "powerdown",
-    "stop", "inspect", "verify", "resolve", "doctor", "demo",
+    "stop", "inspect", "verify", "resolve", "doctor", "cpu-baseline", "demo",
 )  # fmt: skip
 
 

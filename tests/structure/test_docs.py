@@ -15,7 +15,7 @@ from .sources import ROOT, project_files
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 FENCE = re.compile(r"```.*?```", re.DOTALL)
 CODE = re.compile(r"```[^\n]*\n(.*?)```|`([^`\n]+)`", re.DOTALL)
-COMMAND = re.compile(r"(?:^|[\s$(])(?<!from )kvmigrate ([a-z]+)([^\n|]*)")
+COMMAND = re.compile(r"(?:^|[\s$(])(?<!from )kvmigrate ([a-z][a-z-]*)([^\n|]*)")
 TARGET = re.compile(r"(?:^|[\s$(])make ([a-z-]+)")
 PATH = re.compile(r"^(?:kvmigrate|tests|examples|docs)/[\w./-]+$")
 

@@ -48,8 +48,10 @@ def said(guest: Process, command: str) -> list[str]:
     while guest.log.text.count("\nEND\n") == before:
         assert time.monotonic() < deadline, f"no answer to {command!r}: {guest.log.text[-300:]!r}"
         time.sleep(0.1)
-    answer = guest.log.text.split("\nBEGIN\n")[-1].split("\nEND\n")[0]
-    return [line for line in answer.split("\n") if line not in ("BEGIN", "END") and not line.startswith("H ")]
+    lines = guest.log.text.split("\n")
+    begin = max(at for at, line in enumerate(lines) if line == "BEGIN")
+    answer = lines[begin + 1 : lines.index("END", begin)]
+    return [line for line in answer if line and not line.startswith("H ")]
 
 
 @pytest.mark.parametrize("cpus", [1, 2])
