@@ -196,6 +196,8 @@ class Machine:
     def rehearse(self) -> None:
         """See :meth:`Migratable.rehearse`."""
         rehearse()
+        # What the disks' files have in the page cache must be on the storage before the locks go: most of it now.
+        self.platform.virtio.flush()
 
     def save(self) -> list[Section]:
         """See :meth:`Migratable.save`."""

@@ -74,6 +74,12 @@ class VirtioBus:
             self.unlock()
             raise
 
+    def flush(self) -> None:
+        """Bring all that was written to the storage, so that little is left for :meth:`unlock`. Raises
+        :class:`HostError`."""
+        for image in self.images:
+            image.flush()
+
     def unlock(self) -> None:
         """Let another VM take the images: every device is parked, and stays so until :meth:`lock`. Idempotent."""
         for image in self.images:

@@ -41,10 +41,24 @@ class DiskImage:
                 raise HostError(f"disk {self.name}: locking {self.path}", error.errno or 0) from error
             what = f"disk {self.name}: {self.path} is in use by another VM"
             raise ConfigError(f"{what}: stop that one, or open the disk with ,ro in both") from error
+        # What this host has cached of a block device may be older than what another one has written since.
+        os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def flush(self) -> None:
+        """Bring what was written to the storage, where other hosts see it. Raises :class:`HostError`."""
+        if self.read_only or self.fd < 0:
+            return
+        try:
+            os.fdatasync(self.fd)
+        except OSError as error:
+            raise HostError(f"disk {self.name}: writing {self.path} back", error.errno or 0) from error
 
     def unlock(self) -> None:
-        """Let another VM take it; nothing may be written from now on. Idempotent."""
+        """Let another VM take it; nothing may be written from now on. Idempotent. Raises :class:`HostError`, with the
+        lock still held, when the storage did not take all that was written."""
         if self.fd >= 0:
+            # Before the lock goes: only what lies on the storage is seen by the host that takes it over.
+            self.flush()
             self._set_lock(fcntl.F_UNLCK)
 
     def _set_lock(self, kind: int) -> None:

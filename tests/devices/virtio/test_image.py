@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -49,3 +50,24 @@ def test_what_cannot_be_a_disk_is_refused_by_name(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(ConfigError, match="neither a file nor a block device"):
         open_disk("root", tmp_path / "pipe")
+
+
+def test_the_lock_goes_only_after_all_that_was_written_is_on_the_storage(
+    image_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image, other = open_disk("a", image_path), open_disk("b", image_path)
+    image.lock()
+
+    def full(fd: int) -> None:
+        raise OSError(errno.ENOSPC, "no space")
+
+    monkeypatch.setattr(os, "fdatasync", full)
+    with pytest.raises(HostError, match="disk a: writing"):
+        image.unlock()
+    with pytest.raises(ConfigError, match="in use"):
+        other.lock()
+    monkeypatch.undo()
+    image.unlock()
+    other.lock()
+    for one in (image, other):
+        one.close()

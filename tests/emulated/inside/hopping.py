@@ -18,7 +18,7 @@ from tests.oracle.heartbeat import require_progress
 from tests.oracle.test_migration import watch
 from tests.oracle.world import MOVED, POWERED_OFF, Process, World, migrate, open_world
 
-from .linux import TROUBLE, boot, said
+from .linux import CLOCK, TROUBLE, boot, said
 
 FIRST_PORT = 4400
 PATIENCE_S = 240.0
@@ -68,6 +68,7 @@ def main(here: int, hops: int) -> None:
                 guest = hop(world, guest, here, number)
             if guest is not None:
                 assert not (trouble := said(guest, TROUBLE)), trouble
+                assert said(guest, CLOCK) == ["kvm-clock"]
                 guest.log.send("poweroff -f\n")
                 assert guest.wait_end() == POWERED_OFF, guest.stderr
         finally:

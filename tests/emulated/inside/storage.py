@@ -14,7 +14,7 @@ import pytest
 from tests.oracle.heartbeat import judge, require_progress
 from tests.oracle.world import MOVED, POWERED_OFF, Process, World, migrate
 
-from .linux import TROUBLE, boot, said, world
+from .linux import CLOCK, TROUBLE, boot, said, world
 
 __all__ = ["world"]
 
@@ -98,5 +98,6 @@ def test_a_connection_outlives_a_move_with_every_line_in_its_place(world: World,
     assert 0 < at_move < NR_LINES, "the move was in the middle"
     assert received == [f"line {at}" for at in range(NR_LINES)]
     assert not (trouble := said(destination, TROUBLE)), trouble
+    assert said(destination, CLOCK) == ["kvm-clock"]
     destination.log.send("poweroff -f\n")
     assert destination.wait_end() == POWERED_OFF, destination.stderr
