@@ -20,7 +20,7 @@ BOOT_S, ANSWER_S = 150.0, 60.0
 MEMORY_MIB = 128
 APPEND = "console=ttyS0 quiet panic=-1"
 # Looked for by the guest itself: all of its log over the serial port takes an emulated host many seconds.
-# Its TSC may be found unstable, since an emulated host's own is: KVM then sets it anew whenever a vCPU is loaded. The clock
+# Its TSC may be found unstable, since an emulated host's own is: KVM sets it anew whenever a vCPU is loaded. The clock
 # that the guest goes by must not.
 TROUBLE = "dmesg | grep -E 'soft lockup|rcu.*stall|kvm-clock.*unstable|ACPI.*(Error|Warning)|hung task|Oops|BUG:'"
 CLOCK = "cat /sys/devices/system/clocksource/clocksource0/current_clocksource"
