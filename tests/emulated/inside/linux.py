@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import pytest
 
@@ -23,6 +25,7 @@ APPEND = "console=ttyS0 quiet panic=-1"
 # Its TSC may be found unstable, since an emulated host's own is: KVM sets it anew whenever a vCPU is loaded. The clock
 # that the guest goes by must not.
 TROUBLE = "dmesg | grep -E 'soft lockup|rcu.*stall|kvm-clock.*unstable|ACPI.*(Error|Warning)|hung task|Oops|BUG:'"
+ADJUSTED = re.compile(r"vcpu\d+\.(msrs\.MSR_IA32_SYSENTER_E[SI]P|tsc_khz): (?P<left>\d+) -> (?P<right>\d+)$")
 CLOCK = "cat /sys/devices/system/clocksource/clocksource0/current_clocksource"
 
 
@@ -57,6 +60,21 @@ def said(guest: Process, command: str) -> list[str]:
     return [line for line in answer if line and not line.startswith("H ")]
 
 
+def unexplained(out: Mapping[str, Any], into: Mapping[str, Any]) -> list[str]:
+    """What differs between a guest that left and the one that arrived, beside clocks and what two hosts of kvm_amd make
+    of the same value: the low half of the SYSENTER registers, and the TSC's rate as each measured it, to 250 ppm."""
+    texts = [text for text in state_differences(out, into) if not is_clock(text) and not UNSTABLE.match(text)]
+    return [text for text in texts if not _is_adjusted(text)]
+
+
+def _is_adjusted(text: str) -> bool:
+    match = ADJUSTED.match(text)
+    if match is None:
+        return False
+    left, right = int(match["left"]), int(match["right"])
+    return right == left & 0xFFFFFFFF if "SYSENTER" in text else abs(left - right) * 4000 <= left
+
+
 @pytest.mark.parametrize("cpus", [1, 2])
 def test_debian_boots_finds_every_cpu_and_powers_off(world: World, cpus: int) -> None:
     guest = boot(world, cpus)
@@ -77,7 +95,7 @@ def test_a_running_debian_moves_with_every_page_and_never_notices(world: World) 
     assert len(judge(world.logs).blackouts_ms) == 1
     [(out, into)] = load_pairs(digests)
     assert sum(compare_pages(out, into)) == MEMORY_MIB << 8
-    assert [text for text in state_differences(out, into) if not is_clock(text) and not UNSTABLE.match(text)] == []
+    assert unexplained(out, into) == []
     assert not (trouble := said(moved, TROUBLE)), trouble
     assert said(moved, CLOCK) == ["kvm-clock"]
     moved.log.send("poweroff -f\n")
