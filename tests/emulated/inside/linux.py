@@ -49,7 +49,7 @@ def boot(world: World, cpus: int, *more: str) -> Process:
 def said(guest: Process, command: str) -> list[str]:
     """Type ``command``; the lines that it wrote, without the heartbeats between them."""
     before = guest.log.text.count("\nEND\n")
-    guest.log.send(f"echo BEGIN; {command}; echo END\n")
+    guest.log.send(f"echo BEGIN; {command}\necho END\n")
     deadline = time.monotonic() + ANSWER_S
     while guest.log.text.count("\nEND\n") == before:
         assert time.monotonic() < deadline, f"no answer to {command!r}: {guest.log.text[-300:]!r}"

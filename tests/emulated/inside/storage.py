@@ -82,7 +82,7 @@ def lines_from(server: socket.socket, received: list[str]) -> None:
         received.extend(line.rstrip() for line in stream)
 
 
-def test_a_connection_outlives_a_move_with_every_line_in_its_place(world: World, bridge: None) -> None:
+def test_a_connection_outlives_a_move_with_every_line_in_its_place(bridge: None, world: World) -> None:
     guest = boot(world, 1, "--net", f"lan=tap:{TAPS[0]}")
     received: list[str] = []
     with socket.create_server((HOST_ADDRESS, PORT)) as server:
