@@ -88,7 +88,7 @@ def test_debian_boots_finds_every_cpu_and_powers_off(world: World, cpus: int) ->
 
 def test_a_running_debian_moves_with_every_page_and_never_notices(world: World) -> None:
     digests = watch(world)
-    guest = boot(world, 2)
+    guest = boot(world, 1)
     require_progress(guest.log, 5, timeout_s=60)
     moved = world.hop(guest, world.tcp())
     require_progress(moved.log, 10, timeout_s=150)
