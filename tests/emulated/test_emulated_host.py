@@ -25,7 +25,7 @@ SELECTED = (
     "tests/emulated/inside/linux.py",
     "tests/emulated/inside/storage.py",
 )
-LEAST_TESTS = 19
+LEAST_TESTS = 18
 
 pytestmark = pytest.mark.timeout(TIMEOUT_S + 120)
 
