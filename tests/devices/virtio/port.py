@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import select
+import termios
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
@@ -38,6 +39,10 @@ class Pipes:
         with suppress(BlockingIOError):
             return os.write(self._type, data)
         return 0
+
+    def nr_waiting(self) -> int:
+        """Bytes that are there to be read."""
+        return int.from_bytes(fcntl.ioctl(self._read, termios.FIONREAD, bytes(4)), "little")
 
     def show(self, most: int = 1 << 16, timeout_s: float = 0) -> bytes:
         """What is there to be read, or comes in that time."""

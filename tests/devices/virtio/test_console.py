@@ -56,7 +56,7 @@ def stuck(port: Port, pipes: Pipes) -> bytes:
     """Send until nothing more goes; what was sent, of which the last request waits for room."""
     data = noise(TX_BYTES + PIPE_BYTES + 5000)
     port.send(data[:70000], data[70000:])
-    wait_for(lambda: held(port, TX) == TX_BYTES and pipes.show(0) == b"", "the buffer is full")
+    wait_for(lambda: (held(port, TX), pipes.nr_waiting()) == (TX_BYTES, PIPE_BYTES), "there is no room left")
     return data
 
 
@@ -285,11 +285,16 @@ def test_a_console_that_leads_nowhere_takes_all_output_and_keeps_none(memory: Gu
 
 
 def test_the_last_words_are_sent_when_a_console_closes(memory: GuestMemory, pipes: Pipes) -> None:
-    last = noise(PIPE_BYTES // 2)
+    last = noise(3 * PIPE_BYTES)
+    reader = Typist(pipes, b"", len(last))
     with console_at(memory, pipes) as port:
         port.send(last)
         port.rings[TX].wait_used()
-    assert pipes.show_all(len(last)) == last
+        # Only now: the pipe is full, and most of it waits in the console.
+        wait_for(lambda: pipes.nr_waiting() == PIPE_BYTES, "the pipe is full")
+        reader.start()
+    reader.join()
+    assert reader.read == last
 
 
 def test_a_paused_console_has_no_last_words(memory: GuestMemory, pipes: Pipes) -> None:
