@@ -95,11 +95,11 @@ def test_input_waits_for_buffers_and_then_fills_them_in_turn(port: Port, pipes: 
 
 def test_a_guest_that_reads_nothing_holds_the_typist_up(port: Port, pipes: Pipes) -> None:
     data = noise(4 * RX_BYTES)
-    typed = 0
-    for _ in range(50):
-        typed += pipes.type(data[typed:])
-        time.sleep(0.01)
-    assert typed == RX_BYTES + PIPE_BYTES and held(port, RX) == RX_BYTES
+    typed = pipes.type(data)
+    wait_for(lambda: held(port, RX) == RX_BYTES, "its buffer is full")
+    typed += pipes.type(data[typed:])
+    time.sleep(0.1)
+    assert pipes.type(data[typed:]) == 0 and typed == RX_BYTES + PIPE_BYTES
     received = b""
     while len(received) < len(data):
         [at] = port.offer(3000)
@@ -110,14 +110,14 @@ def test_a_guest_that_reads_nothing_holds_the_typist_up(port: Port, pipes: Pipes
 
 
 def test_a_slow_reader_gets_every_byte(memory: GuestMemory, pipes: Pipes) -> None:
-    with console_at(memory, pipes, stall_ms=300) as port:
+    with console_at(memory, pipes, stall_ms=1500) as port:
         data = noise(400_000)
         port.send(data)
         received = b""
         while len(received) < 40_000:
-            # A little each time: the guest waits far longer than a back-end may take nothing.
+            # A little each time: the guest waits longer than a back-end may take nothing.
             received += pipes.show_all(2000)
-            time.sleep(0.05)
+            time.sleep(0.1)
         assert not port.rings[TX].nr_used()
         received += pipes.show_all(len(data) - len(received))
         assert received == data
@@ -126,7 +126,7 @@ def test_a_slow_reader_gets_every_byte(memory: GuestMemory, pipes: Pipes) -> Non
 
 
 def test_a_reader_that_takes_nothing_loses_output_and_the_guest_goes_on(memory: GuestMemory, pipes: Pipes) -> None:
-    with console_at(memory, pipes, stall_ms=100) as port:
+    with console_at(memory, pipes, stall_ms=500) as port:
         sent = stuck(port, pipes)
         port.rings[TX].wait_used()
         port.send(b"into the void")
@@ -143,7 +143,7 @@ def test_a_pause_waits_for_no_reader_and_its_time_does_not_count(memory: GuestMe
         sent = stuck(port, pipes)
         begin = time.monotonic()
         port.console.pause()
-        assert time.monotonic() - begin < 0.2
+        assert time.monotonic() - begin < 1
         state = port.console.save()
         assert state["passed"] == len(state["tx"]) + PIPE_BYTES and len(state["tx"]) == TX_BYTES
         time.sleep(2)
