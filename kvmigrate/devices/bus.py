@@ -33,6 +33,10 @@ class Device(ABC):
     def save(self) -> dict[str, Value]:
         """The body of the device's section. The device must be paused."""
 
+    def sample(self) -> dict[str, Value]:
+        """As :meth:`save` of a device that is not paused, while no vCPU runs: good enough for a trial to load."""
+        return self.save()
+
     @abstractmethod
     def load(self, body: Value) -> None:
         """Become what :meth:`save` saved. ``body`` is hostile: raises ``BadField``, and changes nothing then."""

@@ -38,6 +38,8 @@ MAX_BYTES: Mapping[int, int] = {
     FrameKind.HELLO: 4 * _KIB,
     FrameKind.CONFIG: 1024 * _KIB,
     FrameKind.ACCEPT: 4 * _KIB,
+    FrameKind.CHECK: 4 * _KIB,
+    FrameKind.CHECKED: 2048 * _KIB,
     FrameKind.RESIDENT: 128 * _KIB,
     FrameKind.ROUND: 4 * _KIB,
     FrameKind.SECTION: 2048 * _KIB,

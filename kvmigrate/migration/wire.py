@@ -74,7 +74,7 @@ from ..state.frame import FrameKind
 from ..state.section import Fields, Value, pack, unpack
 
 FORMAT = 1
-FEATURES = frozenset({"zstd"})
+FEATURES = frozenset({"zstd", "check", "only-check"})
 MAX_RESIDENT_RUNS = 4096
 MAX_SECTIONS = 1024
 MAX_SECTIONS_BYTES = 16 << 20
