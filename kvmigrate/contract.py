@@ -71,8 +71,8 @@ class Migratable(Protocol):
         ...
 
     def sample(self) -> tuple[Sequence[Section], float]:
-        """The sections of :meth:`save` from a guest that goes on, for :class:`Trial`, and for how many milliseconds its
-        vCPUs were held up for that. Each value is one that the guest had; not all are of the same moment.
+        """The sections of :meth:`save` from a guest that goes on, for :class:`Trial`, and for how many milliseconds it
+        was held up in the longest of the pauses which that takes. Not all values are of the same moment.
 
         Raises :class:`StateError` when the guest has ended."""
         ...

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import os
 import threading
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from ..config import ClockPolicy, DiskConfig, MachineConfig, NetConfig
@@ -29,7 +28,8 @@ from .generation import write_generation
 from .platform import Platform
 from .rehearsal import rehearse
 from .runstate import RunStateBox
-from .sections import load_sections, sample_sections, save_sections
+from .sampling import Sampler
+from .sections import load_sections, save_sections
 from .virtio import slot_of
 
 
@@ -205,20 +205,12 @@ class Machine:
         return save_sections(self.platform)
 
     def sample(self) -> tuple[list[Section], float]:
-        """See :meth:`Migratable.sample`. The run state stays as it is, and the guest is not told: so short a pause is
-        no news to it."""
-        begin_ns = time.monotonic_ns()
-        try:
-            self.platform.vm.group.pause(PAUSE_TIMEOUT_MS)
-            sections = sample_sections(self.platform)
-        finally:
-            # Who ends the guest is a vCPU: none can any more while all are parked.
-            if self.runstate is RunState.RUNNING:
-                self.platform.vm.group.resume()
-        pause_ms = (time.monotonic_ns() - begin_ns) / 1e6
+        """See :meth:`Migratable.sample`."""
+        sampler = Sampler(self.platform, self._runstate)
+        sections = sampler.sample()
         if self._runstate.ended:
             raise StateError(self.runstate.value, "running or paused")
-        return sections, pause_ms
+        return sections, sampler.longest_ms
 
     def load(self, sections: Sequence[Section]) -> Fidelity:
         """See :meth:`Migratable.load`. Raises :class:`ConfigError` when another VM has one of the disks."""

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from ..errors import BadField, ConfigError, HostError, RestoreRefused, StreamError
 from ..kvm.vm_state import load_state, save_state
 from ..state.fidelity import Fidelity
-from ..state.section import Section, by_name, require_version
+from ..state.section import Section, Value, by_name, require_version
 from .platform import Platform
 
 VERSION = 1
@@ -30,23 +30,18 @@ def save_sections(platform: Platform) -> list[Section]:
     Devices come after the kernel's state: what they still had to say to the interrupt chips was said when they were
     paused. They may write guest memory, so the last sync of the dirty log comes after this.
     """
-    return _kernel_sections(platform) + [device.section() for device in platform.devices.values()]
-
-
-def sample_sections(platform: Platform) -> list[Section]:
-    """The same while only the vCPUs stand still, for a trial. Raises :class:`HostError`."""
-    devices = [Section(device.name, device.version, device.sample()) for device in platform.devices.values()]
-    return _kernel_sections(platform) + devices
-
-
-def _kernel_sections(platform: Platform) -> list[Section]:
     vm, vcpus = save_state(platform.vm)
-    sections = [Section("vm", VERSION, vm)]
-    for name, body in zip(_vcpu_names(platform), vcpus, strict=True):
-        # CPUID never changes and is in the description already, where it travels before the guest has to wait.
-        del body["cpuid"]
-        sections.append(Section(name, VERSION, body))
-    return sections
+    sections = [
+        kernel_section(name, body) for name, body in zip(("vm", *_vcpu_names(platform)), (vm, *vcpus), strict=True)
+    ]
+    return sections + [device.section() for device in platform.devices.values()]
+
+
+def kernel_section(name: str, body: dict[str, Value]) -> Section:
+    """The section of the VM or of a vCPU."""
+    # CPUID never changes and is in the description already, where it travels before the guest has to wait.
+    body.pop("cpuid", None)
+    return Section(name, VERSION, body)
 
 
 def load_sections(platform: Platform, sections: Sequence[Section], *, count_downtime: bool = False) -> Fidelity:

@@ -85,6 +85,8 @@ class Checker:
         uuid, name = str(description["uuid"]), str(description["name"])
         introduce(channel, wire.Hello(wire.FORMAT, (CHECK, ONLY), uuid, time.time_ns(), name))
         channel.send(FrameKind.CONFIG, description)
+        # Nothing in a pause should be done for the first time.
+        self._machine.rehearse()
         wire.expect_empty(expect(channel, FrameKind.ACCEPT).payload, FrameKind.ACCEPT)
         return ask_check(channel, self._machine)
 

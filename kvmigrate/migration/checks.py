@@ -143,7 +143,7 @@ def _sentence(row: Row) -> str:
 
 @dataclass(frozen=True, slots=True)
 class CheckResult:
-    """The answer, and for how long the guest's vCPUs were held up for the question."""
+    """The answer, and the longest pause of the guest for the question."""
 
     checked: Checked
     pause_ms: float

@@ -28,6 +28,7 @@ class VirtioDevice(Device):
     its thread starts here: :meth:`close` it before ``memory``.
     """
 
+    samples_alone = True
     max_access_bytes = 4
     device_id: int
     nr_queues: int = 1
