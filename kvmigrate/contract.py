@@ -72,9 +72,8 @@ class Migratable(Protocol):
 
     def sample(self) -> tuple[Sequence[Section], float]:
         """The sections of :meth:`save` from a guest that goes on, for :class:`Trial`, and for how many milliseconds it
-        was held up in the longest of the pauses which that takes. Not all values are of the same moment.
-
-        Raises :class:`StateError` when the guest has ended."""
+        was held up in the longest of the pauses which that takes. Not all values are of the same moment. The guest may
+        end meanwhile, as ever."""
         ...
 
     def load(self, sections: Sequence[Section]) -> Fidelity:

@@ -20,10 +20,9 @@ IFNAME_BYTES = 16
 # <linux/if_tun.h>
 TUNSETIFF, TUNSETVNETHDRSZ = 0x400454CA, 0x400454D8
 IFF_TAP, IFF_NO_PI, IFF_VNET_HDR = 0x0002, 0x1000, 0x4000
-# <linux/sockios.h>, <linux/if.h>, <linux/ethtool.h>, <linux/capability.h>
-SIOCGIFFLAGS, SIOCETHTOOL = 0x8913, 0x8946
-IFF_UP, IFF_RUNNING = 0x1, 0x40
-ETHTOOL_GDRVINFO, DRVINFO_BYTES = 3, 196
+# <linux/sockios.h>, <linux/ethtool.h>, <linux/capability.h>
+SIOCETHTOOL = 0x8946
+ETHTOOL_GDRVINFO, ETHTOOL_GLINK, DRVINFO_BYTES = 3, 10, 196
 CAP_NET_ADMIN = 12
 _IFREQ = struct.Struct(f"{IFNAME_BYTES}sH22x")
 
@@ -53,26 +52,32 @@ def tap_problem(name: str) -> str:
         return f"{DEVICE} cannot be opened: {_open_hint(errno.EACCES if os.access(DEVICE, os.F_OK) else errno.ENOENT)}"
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as query:
         try:
-            flags = _IFREQ.unpack(fcntl.ioctl(query, SIOCGIFFLAGS, _IFREQ.pack(name.encode(), 0)))[1]
+            socket.if_nametoindex(name)
         except OSError:
             return "" if _may_administer() else f"there is none: {_attach_hint(name, errno.EPERM)}"
         if not _is_tap(query, name):
             return _attach_hint(name, errno.EINVAL)
-    if flags & IFF_UP and flags & IFF_RUNNING:
-        # A tap has a carrier as long as somebody holds it.
-        return _attach_hint(name, errno.EBUSY)
+        # A tap that is up has a carrier as long as somebody holds it.
+        if _ethtool(query, name, ETHTOOL_GLINK, 8)[4:] != bytes(4):
+            return _attach_hint(name, errno.EBUSY)
     return "" if _owner(name) in (-1, os.geteuid()) or _may_administer() else _attach_hint(name, errno.EPERM)
 
 
 def _is_tap(query: socket.socket, name: str) -> bool:
     """By what its driver says (struct ethtool_drvinfo), which tells taps (``tap``) from tunnels (``tun``)."""
-    info = ctypes.create_string_buffer(struct.pack("I", ETHTOOL_GDRVINFO), DRVINFO_BYTES)
-    try:
-        fcntl.ioctl(query, SIOCETHTOOL, struct.pack(f"{IFNAME_BYTES}sP16x", name.encode(), ctypes.addressof(info)))
-    except OSError:
-        return False
-    driver, bus = (info.raw[at : at + 32].rstrip(b"\0") for at in (4, 100))
+    info = _ethtool(query, name, ETHTOOL_GDRVINFO, DRVINFO_BYTES)
+    driver, bus = (info[at : at + 32].rstrip(b"\0") for at in (4, 100))
     return (driver, bus) == (b"tun", b"tap")
+
+
+def _ethtool(query: socket.socket, name: str, command: int, size_bytes: int) -> bytes:
+    """The answer of SIOCETHTOOL, which is asked by way of a pointer; zeros when there is none."""
+    answer = ctypes.create_string_buffer(struct.pack("I", command), size_bytes)
+    try:
+        fcntl.ioctl(query, SIOCETHTOOL, struct.pack(f"{IFNAME_BYTES}sP16x", name.encode(), ctypes.addressof(answer)))
+    except OSError:
+        return bytes(size_bytes)
+    return answer.raw
 
 
 def _owner(name: str) -> int:

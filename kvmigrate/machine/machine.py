@@ -207,10 +207,7 @@ class Machine:
     def sample(self) -> tuple[list[Section], float]:
         """See :meth:`Migratable.sample`."""
         sampler = Sampler(self.platform, self._runstate)
-        sections = sampler.sample()
-        if self._runstate.ended:
-            raise StateError(self.runstate.value, "running or paused")
-        return sections, sampler.longest_ms
+        return sampler.sample(), sampler.longest_ms
 
     def load(self, sections: Sequence[Section]) -> Fidelity:
         """See :meth:`Migratable.load`. Raises :class:`ConfigError` when another VM has one of the disks."""

@@ -15,6 +15,7 @@ from .address import connect
 from .blackout import Stopwatch, quiet_interpreter
 from .channel import Channel, expect
 from .checks import CHECK, ONLY, Check, Checked, CheckResult
+from .handover import refuse_ended
 
 MOVABLE = (RunState.RUNNING, RunState.PAUSED, RunState.PRELAUNCH)
 BUILD_MS_PER_GIB = 1000.0
@@ -46,6 +47,7 @@ def ask_check(channel: Channel, machine: Migratable) -> CheckResult:
     watch = Stopwatch()
     with quiet_interpreter():
         sampled, pause_ms = machine.sample()
+    refuse_ended(machine)
     sections = [(FrameKind.SECTION, encode(section)) for section in sampled]
     size_bytes = sum(HEADER.size + len(payload) for _, payload in sections)
     resident_bytes = PAGE_BYTES * sum(nr for _, nr in machine.memory.resident_runs(wire.MAX_RESIDENT_RUNS))

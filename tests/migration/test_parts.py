@@ -31,6 +31,7 @@ from kvmigrate.migration import wire
 from kvmigrate.migration.abort import Abort
 from kvmigrate.migration.address import Listener, connect
 from kvmigrate.migration.channel import MAX_BYTES, Channel
+from kvmigrate.migration.checks import Check, Checked
 from kvmigrate.migration.journal import Entry, Record, Role
 from kvmigrate.migration.pages import Decompressor
 from kvmigrate.migration.source import Source
@@ -60,7 +61,19 @@ def test_ready_comes_back_as_it_went(digest: int, nr_hashed: int, load_ms: float
 @given(st.binary(max_size=200))
 @pytest.mark.parametrize(
     "parse",
-    [wire.Hello, wire.Resident, wire.Round, wire.End, wire.Ready, wire.Running, wire.Query, wire.Answer, wire.Failed],
+    [
+        wire.Hello,
+        wire.Resident,
+        wire.Round,
+        wire.End,
+        wire.Ready,
+        wire.Running,
+        wire.Query,
+        wire.Answer,
+        wire.Failed,
+        Check,
+        Checked,
+    ],
 )
 def test_any_bytes_are_a_payload_or_a_stream_error(parse: type[wire.End], payload: bytes) -> None:
     try:
