@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 
 from ..contract import Examiner, Trial
-from ..errors import BadField, ChannelError, ConfigError, HostError, PeerFailed, PeerTimeout, RestoreRefused
+from ..errors import (
+    BadField,
+    ChannelError,
+    ConfigError,
+    HostError,
+    KvmigrateError,
+    PeerFailed,
+    PeerTimeout,
+    RestoreRefused,
+)
 from ..state.fidelity import Fidelity
 from ..state.frame import FrameKind
 from ..state.section import Section, Value, decode, unpack
@@ -33,24 +43,35 @@ def answer_check(channel: Channel, frame: Frame, make_trial: Callable[[], Trial]
     channel.read_ahead(check.sections_bytes)
     sections = [decode(expect(channel, FrameKind.SECTION).payload) for _ in range(check.sections)]
     channel.end_of_read_ahead()
-    checked = _try(make_trial, sections, check.resident_bytes)
-    channel.send_payloads([(FrameKind.CHECKED, checked.to_payload())])
-
-
-def _try(make_trial: Callable[[], Trial], sections: list[Section], resident_bytes: int) -> Checked:
     watch = Stopwatch()
-    try:
-        trial = make_trial()
-    except (ConfigError, HostError, RestoreRefused) as error:
+    with closing(_make(make_trial)) as trial:
+        build_ms = watch.lap()
+        fidelity = trial.load(sections, check.resident_bytes)
+        checked = Checked.of(fidelity, build_ms, watch.lap())
+        # The source need not wait until the machine is gone.
+        channel.send_payloads([(FrameKind.CHECKED, checked.to_payload())])
+
+
+class _NoTrial:
+    """In place of a machine that cannot be built here, which is the answer."""
+
+    def __init__(self, error: KvmigrateError) -> None:
+        self._error = error
+
+    def load(self, sections: Sequence[Section], resident_bytes: int) -> Fidelity:
         fidelity = Fidelity()
-        fidelity.refused("machine", None, None, str(error))
-        return Checked.of(fidelity, watch.lap(), 0.0)
-    build_ms = watch.lap()
+        fidelity.refused("machine", None, None, str(self._error))
+        return fidelity
+
+    def close(self) -> None:
+        return
+
+
+def _make(make_trial: Callable[[], Trial]) -> Trial:
     try:
-        fidelity = trial.load(sections, resident_bytes)
-        return Checked.of(fidelity, build_ms, watch.lap())
-    finally:
-        trial.close()
+        return make_trial()
+    except (ConfigError, HostError, RestoreRefused) as error:
+        return _NoTrial(error)
 
 
 def serve_check(channel: Channel, hello: wire.Hello, examiner: Examiner) -> None:
