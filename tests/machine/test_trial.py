@@ -14,6 +14,7 @@ import pytest
 
 from kvmigrate.config import DiskConfig, NetConfig
 from kvmigrate.contract import RunState
+from kvmigrate.devices.end import GuestEnd
 from kvmigrate.devices.virtio.image import open_disk
 from kvmigrate.devices.virtio.net import FEATURES
 from kvmigrate.errors import BadField
@@ -116,6 +117,25 @@ def test_a_paused_guest_stays_paused_and_one_that_ended_stays_ended(tmp_path: Pa
     entries = other.platform.vm.vcpus[0].nr_entries
     time.sleep(0.05)
     assert other.platform.vm.vcpus[0].nr_entries == entries, "a guest that ended was let run"
+
+
+def test_a_guest_that_ends_while_its_vcpus_park_is_not_let_run(
+    tmp_path: Path, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = started(machine_with(tmp_path, TALKATIVE), stack)
+    group = machine.platform.vm.group
+    pause = group.pause
+
+    def last_exit(timeout_ms: int) -> None:
+        machine._end_guest(GuestEnd.powered_off())
+        pause(timeout_ms)
+
+    monkeypatch.setattr(group, "pause", last_exit)
+    machine.sample()
+    entries = machine.platform.vm.vcpus[0].nr_entries
+    time.sleep(0.05)
+    assert machine.runstate is RunState.SHUTDOWN
+    assert machine.platform.vm.vcpus[0].nr_entries == entries
 
 
 def test_missing_cpu_features_are_named(tmp_path: Path, stack: ExitStack) -> None:
