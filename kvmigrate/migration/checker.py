@@ -45,10 +45,11 @@ def ask_check(channel: Channel, machine: Migratable) -> CheckResult:
     """Send the guest's state to be tried, and wait for the answer. Raises what :func:`expect` and
     :meth:`Migratable.sample` raise."""
     watch = Stopwatch()
+    # The guest's own exits must not wait for the interpreter meanwhile either.
     with quiet_interpreter():
         sampled, pause_ms = machine.sample()
+        sections = [(FrameKind.SECTION, encode(section)) for section in sampled]
     refuse_ended(machine)
-    sections = [(FrameKind.SECTION, encode(section)) for section in sampled]
     size_bytes = sum(HEADER.size + len(payload) for _, payload in sections)
     resident_bytes = PAGE_BYTES * sum(nr for _, nr in machine.memory.resident_runs(wire.MAX_RESIDENT_RUNS))
     head = Check(len(sections), size_bytes, resident_bytes)
