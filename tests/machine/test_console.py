@@ -16,6 +16,7 @@ from kvmigrate.errors import BadField, ConfigError
 from kvmigrate.machine.description import Description
 from kvmigrate.machine.machine import Machine
 from kvmigrate.machine.specs import CONSOLE, read_specs, specs_for
+from kvmigrate.machine.trial import TrialMachine
 
 from ..devices.virtio.queues import QueuesDriver, wait_for
 from .boot_sector import HANG
@@ -122,6 +123,20 @@ def test_a_console_goes_on_where_the_destination_says(tmp_path: Path) -> None:
             target.resume()
             wait_for(lambda: there.read_bytes() == b"during", "the other side serves what was queued")
     assert here.read_bytes() == b"before "
+
+
+@pytest.mark.kvm
+def test_a_trial_opens_no_console_and_refuses_one_that_the_guest_has_not(tmp_path: Path) -> None:
+    there = tmp_path / "there"
+    with closing(machine_with_console(tmp_path, "null")) as source:
+        trial = TrialMachine.examine(source.describe(), parts=True, console=f"file:{there}")
+        try:
+            trial.load(source.save(), 0).require()
+        finally:
+            trial.close()
+    assert not there.exists()
+    with closing(machine_with_console(tmp_path, None)) as source, pytest.raises(ConfigError, match="has no console"):
+        TrialMachine.examine(source.describe(), parts=True, console="null")
 
 
 @pytest.mark.kvm
