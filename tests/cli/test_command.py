@@ -19,7 +19,7 @@ from .command import Host
 
 VERBS = (
     "run", "receive", "send", "check", "snapshot", "restore", "list", "query", "pause", "resume", "cancel", "powerdown",
-    "stop", "inspect", "verify", "resolve", "doctor", "cpu-baseline", "demo",
+    "reset", "stop", "inspect", "verify", "resolve", "doctor", "cpu-baseline", "demo",
 )  # fmt: skip
 
 
@@ -100,6 +100,7 @@ ERRORS = [
     (["resume", "vm"], "no VM named vm is running here"),
     (["cancel", "vm"], "no VM named vm is running here"),
     (["stop", "vm"], "no VM named vm is running here"),
+    (["reset", "vm"], "no VM named vm is running here"),
     (["resolve", "vm"], "say --run if"),
     (["resolve", "vm", "--run", "--discard"], "say --run if"),
     (["resolve", "vm", "--run"], "no guest named vm is in doubt here"),
