@@ -202,6 +202,22 @@ def resume(name: Name) -> int:
     return query.command(name, "cont", "running")
 
 
+@app.command("console")
+def console_(
+    name: Name,
+    escape: Annotated[
+        str, typer.Option(help="Key that detaches: Ctrl-A to Ctrl-_, or none.", metavar="KEY")
+    ] = "Ctrl-]",
+) -> int:
+    """Attach this terminal to the serial port of NAME. Input from a pipe goes through, and its end detaches.
+
+    Exit status: 0 detached, 6 the guest moved away, else that of the VM's process when the guest ended.
+    """
+    from . import console
+
+    return console.console(name, escape)
+
+
 @app.command()
 def cancel(name: Name) -> int:
     """Cancel the move or snapshot of NAME. The guest runs on."""
