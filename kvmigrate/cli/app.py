@@ -227,6 +227,18 @@ def cancel(name: Name) -> int:
 
 
 @app.command()
+def balloon(
+    name: Name,
+    size: Annotated[str, typer.Argument(help="How much memory to keep, such as 512M.", metavar="[SIZE]")] = "",
+    json: Json = False,
+) -> int:
+    """Ask the guest NAME to give memory up. Without SIZE, show how much it has and is to keep."""
+    from . import query
+
+    return query.balloon(name, size, as_json=json)
+
+
+@app.command()
 def powerdown(name: Name) -> int:
     """Press the power button of the guest NAME. Its own system then shuts it down, or not."""
     from . import query

@@ -28,6 +28,7 @@ from ..devices.end import CRASH, RESET, GuestEnd
 from ..errors import KvmigrateError, MigrationError, StateError
 from ..machine.machine import Machine
 from ..state.fidelity import Fidelity
+from . import ballooning
 from .console import Console
 from .job import Job, SnapshotJob, describe
 from .runtime import Claim
@@ -132,6 +133,12 @@ class Session:
             return await asyncio.to_thread(work, self.machine)
         finally:
             self._busy = ""
+
+    def resize(self, keep_bytes: int) -> None:
+        ballooning.resize(self._require_machine(), keep_bytes)
+
+    def balloon_info(self) -> Mapping[str, Any]:
+        return ballooning.facts(self._require_machine())
 
     def press_power_button(self) -> None:
         self._require_machine().press_power_button()
