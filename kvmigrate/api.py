@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Self
 
@@ -14,7 +15,10 @@ from .config import Address, ClockPolicy, DiskConfig, MigrationParameters, NetCo
 from .control.runtime import open_runtime_dir
 from .machine.machine import Machine
 from .machine.rehearsal import rehearse
+from .machine.trial import TrialMachine
 from .migration.address import Listener
+from .migration.checker import Checker
+from .migration.checks import CheckResult
 from .migration.destination import Destination
 from .migration.source import Source
 from .migration.status import MigrationResult
@@ -43,6 +47,14 @@ def send(
         machine, Address.parse(address), parameters or MigrationParameters(), directory, ask_for_ms=ask_for_ms
     )
     return source.run()
+
+
+def check(machine: Machine, address: str, *, timeout_ms: float = 10_000.0) -> CheckResult:
+    """Have who receives at ``address`` try the state of ``machine`` on one that it throws away; the guest runs on here.
+
+    ``checked`` of the result says whether it ``fits``, and which items would be lost. Raises :class:`KvmigrateError`
+    when there is no answer."""
+    return Checker(machine, Address.parse(address), timeout_ms).run()
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +105,7 @@ def receive(
     destination = Destination(
         Listener(Address.parse(address)),
         build,
+        partial(TrialMachine.examine, disks=disks, nets=nets),
         journal_dir or open_runtime_dir(),
         name or "received",
         autostart=not paused,

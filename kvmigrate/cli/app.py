@@ -135,6 +135,23 @@ def send(
 
 
 @app.command()
+def check(
+    name: Name,
+    address: Annotated[str, typer.Argument(help="tcp://HOST:PORT or unix:///PATH of receive.", metavar="ADDRESS")],
+    timeout: Annotated[str, typer.Option(help="How long the other side may be silent.")] = "10s",
+    json: Json = False,
+    verbose: Verbose = False,
+) -> int:
+    """Ask ADDRESS whether the guest NAME could go on there. It tries the real state; the guest runs on here.
+
+    Exit status: 0 it could, 1 something would be lost, which a table names, 2 error.
+    """
+    from . import transfer
+
+    return transfer.check(name, address, timeout, as_json=json, verbose=verbose)
+
+
+@app.command()
 def snapshot(
     name: Name,
     directory: Annotated[Path, typer.Argument(help="Directory to make.", metavar="DIR")],

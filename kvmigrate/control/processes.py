@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -14,6 +15,7 @@ from ..config import Address, ClockPolicy, DiskConfig, MachineConfig, NetConfig
 from ..errors import ControlError
 from ..machine.machine import Machine
 from ..machine.rehearsal import rehearse
+from ..machine.trial import TrialMachine
 from ..migration.address import Listener
 from ..migration.journal import Entry, Journal, Role
 from ..state.fidelity import Fidelity
@@ -106,12 +108,13 @@ def run_incoming(
             machine.start()
             return machine
 
+        examine = partial(TrialMachine.examine, disks=disks, nets=nets)
         # Before a source comes: it would wait for it.
         rehearse()
         if show is not None:
             session.on_arrival = show
         print(f"kvmigrate: {name} waits for a guest at {listener.address}", file=sys.stderr, flush=True)
-        return _live(session, lambda live: live.receive(listener, build, paused=paused))
+        return _live(session, lambda live: live.receive(listener, build, examine, paused=paused))
 
 
 def _live(session: Session, begin: Callable[[Session], None]) -> int:

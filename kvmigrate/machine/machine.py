@@ -28,6 +28,7 @@ from .generation import write_generation
 from .platform import Platform
 from .rehearsal import rehearse
 from .runstate import RunStateBox
+from .sampling import Sampler
 from .sections import load_sections, save_sections
 from .virtio import slot_of
 
@@ -202,6 +203,11 @@ class Machine:
     def save(self) -> list[Section]:
         """See :meth:`Migratable.save`."""
         return save_sections(self.platform)
+
+    def sample(self) -> tuple[list[Section], float]:
+        """See :meth:`Migratable.sample`."""
+        sampler = Sampler(self.platform, self._runstate)
+        return sampler.sample(), sampler.longest_ms
 
     def load(self, sections: Sequence[Section]) -> Fidelity:
         """See :meth:`Migratable.load`. Raises :class:`ConfigError` when another VM has one of the disks."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
+from ..config import DiskConfig
 from ..devices.bus import MmioBus
 from ..devices.tap import open_tap
 from ..devices.virtio import registers as reg
@@ -24,13 +26,27 @@ _GSIS = (*range(16, 24), *range(10, 16))
 """The lines of device 0, 1, …: first those of the IOAPIC that no ISA device has."""
 
 
+@dataclass(frozen=True, slots=True)
+class Backings:
+    """How the host's side of a device is opened: a disk's image; a tap's file descriptor, by its interface."""
+
+    disk: Callable[[DiskConfig], DiskImage]
+    tap: Callable[[str], int]
+
+
+HOST = Backings(lambda disk: open_disk(disk.name, disk.path, disk.read_only), open_tap)
+
+
 class VirtioBus:
     """Builds, wires and closes the devices that ``specs`` name, in this order; the order is part of what a guest sees.
 
     Raises :class:`ConfigError` or :class:`HostError` when an image cannot be opened, with nothing left open.
     """
 
-    def __init__(self, specs: Sequence[VirtioSpec], vm: Vm, memory: GuestMemory, mmio: MmioBus) -> None:
+    def __init__(
+        self, specs: Sequence[VirtioSpec], vm: Vm, memory: GuestMemory, mmio: MmioBus, backings: Backings = HOST
+    ) -> None:
+        self._backings = backings
         self.devices: list[VirtioDevice] = []
         self.images: list[DiskImage] = []
         self._closers: list[Callable[[], None]] = []
@@ -45,12 +61,12 @@ class VirtioBus:
 
     def _make(self, spec: VirtioSpec, memory: GuestMemory) -> VirtioDevice:
         if spec.net is not None:
-            return Net(spec.name, memory, open_tap(spec.net.interface), spec.net.mac or bytes(6))
+            return Net(spec.name, memory, self._backings.tap(spec.net.interface), spec.net.mac or bytes(6))
         if spec.name == BALLOON:
             return VirtioBalloon(memory)
         if spec.disk is None:
             return VirtioRng(memory, spec.name)
-        image = open_disk(spec.disk.name, spec.disk.path, spec.disk.read_only)
+        image = self._backings.disk(spec.disk)
         self.images.append(image)
         self._closers.append(image.close)
         return VirtioBlock(memory, image)
