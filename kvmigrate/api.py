@@ -87,11 +87,12 @@ def receive(
     serial: str = "null",
     disks: Sequence[DiskConfig] = (),
     nets: Sequence[NetConfig] = (),
+    console: str | None = None,
     journal_dir: Path | None = None,
     paused: bool = False,
 ) -> Received:
-    """Wait at ``address`` for one guest and take it over; ``name`` and ``serial`` are its own here, and so are
-    the images and taps of those of its ``disks`` and ``nets`` that are given.
+    """Wait at ``address`` for one guest and take it over; ``name``, ``serial`` and ``console`` are its own here, and
+    so are the images and taps of those of its ``disks`` and ``nets`` that are given.
 
     Raises the reason when the guest did not arrive: then it still is at its source and nothing of it is here.
     """
@@ -99,13 +100,14 @@ def receive(
     rehearse()
 
     def build(description: Mapping[str, Value]) -> Machine:
-        built.append(Machine.build(description, name=name, serial=serial, disks=disks, nets=nets))
+        machine = Machine.build(description, name=name, serial=serial, disks=disks, nets=nets, console=console)
+        built.append(machine)
         return built[0]
 
     destination = Destination(
         Listener(Address.parse(address)),
         build,
-        partial(TrialMachine.examine, disks=disks, nets=nets),
+        partial(TrialMachine.examine, disks=disks, nets=nets, console=console),
         journal_dir or open_runtime_dir(),
         name or "received",
         autostart=not paused,
@@ -135,6 +137,7 @@ def restore(
     serial: str = "null",
     disks: Sequence[DiskConfig] = (),
     nets: Sequence[NetConfig] = (),
+    console: str | None = None,
     clone: bool = False,
     clock: ClockPolicy = ClockPolicy.CONTINUE,
 ) -> Restored:
@@ -147,7 +150,9 @@ def restore(
     built: list[Machine] = []
 
     def build(description: Mapping[str, Value]) -> Machine:
-        machine = Machine.build(description, name=name, serial=serial, disks=disks, nets=nets, clone=clone, clock=clock)
+        machine = Machine.build(
+            description, name=name, serial=serial, disks=disks, nets=nets, console=console, clone=clone, clock=clock
+        )
         built.append(machine)
         return built[0]
 

@@ -68,9 +68,9 @@ def _parameters(parameters: MigrationParameters) -> dict[str, Any]:
 
 def check(name: str, address: str, timeout: str, *, as_json: bool, verbose: bool) -> int:
     """Have ``address`` try the state of ``name``. Returns the exit status: 1 when the guest could not go on there."""
-    target = parse_address(address)
+    target, timeout_ms = parse_address(address), max(round(parse_duration_ms(timeout)), 1)
     with Client.of(name) as vm:
-        vm.execute("migrate-set-parameters", {"x-kvmigrate-timeout": max(round(parse_duration_ms(timeout)), 1)})
+        vm.execute("migrate-set-parameters", {"x-kvmigrate-timeout": timeout_ms})
         job = _watch(vm, f"checking {name}", "x-kvmigrate-check", {"uri": str(target)})
     _conclude(job, MigrationError, as_json=as_json, verbose=verbose)
     return 0 if job["result"]["fits"] else LOSSES

@@ -53,6 +53,7 @@ def run_restored(
     serial: str,
     disks: Sequence[DiskConfig] = (),
     nets: Sequence[NetConfig] = (),
+    console: str | None = None,
     *,
     paused: bool = False,
     show: ShowFidelity | None = None,
@@ -65,7 +66,9 @@ def run_restored(
     from ..snapshot.load import restore
 
     def build(value: Mapping[str, Value]) -> Machine:
-        return Machine.build(value, name=name, serial=serial, disks=disks, nets=nets, clone=clone, clock=clock)
+        return Machine.build(
+            value, name=name, serial=serial, disks=disks, nets=nets, console=console, clone=clone, clock=clock
+        )
 
     with _session(name, held=None if clone else directory) as session:
         restored = restore(directory, build)
@@ -93,6 +96,7 @@ def run_incoming(
     serial: str,
     disks: Sequence[DiskConfig] = (),
     nets: Sequence[NetConfig] = (),
+    console: str | None = None,
     *,
     paused: bool = False,
     show: ShowFidelity | None = None,
@@ -102,13 +106,13 @@ def run_incoming(
         listener = Listener(address)
 
         def build(value: Mapping[str, Value]) -> Machine:
-            machine = Machine.build(value, name=name, serial=serial, disks=disks, nets=nets)
+            machine = Machine.build(value, name=name, serial=serial, disks=disks, nets=nets, console=console)
             session.adopt(machine)
             # Its threads are there before the source pauses: they would cost time in the blackout.
             machine.start()
             return machine
 
-        examine = partial(TrialMachine.examine, disks=disks, nets=nets)
+        examine = partial(TrialMachine.examine, disks=disks, nets=nets, console=console)
         # Before a source comes: it would wait for it.
         rehearse()
         if show is not None:

@@ -47,11 +47,14 @@ class TrialMachine:
         parts: bool,
         disks: Iterable[DiskConfig] = (),
         nets: Iterable[NetConfig] = (),
+        console: str | None = None,
     ) -> TrialMachine:
         """A trial of the machine that :meth:`Machine.build` would make of the same. Raises :class:`BadField`, and
-        :class:`ConfigError` for ``disks`` and ``nets`` that the guest does not have or memory that no host here has."""
-        description = Description.from_value(value).with_disks(disks).with_nets(nets)
-        return cls(description, parts=parts)
+        :class:`ConfigError` for ``disks``, ``nets`` and a ``console`` that the guest does not have or memory that no
+        host here has."""
+        description = Description.from_value(value).with_disks(disks).with_nets(nets).with_console(console)
+        # Whatever listens at the other end of a console, as of the serial port, is not bothered by a trial.
+        return cls(description.with_console(None), parts=parts)
 
     def _build(self, description: Description) -> Platform:
         backings = Backings(_stand_in_disk, _stand_in_tap)

@@ -6,11 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ..config import DiskConfig
+from ..devices.backends import open_backend
 from ..devices.bus import MmioBus
 from ..devices.tap import open_tap
 from ..devices.virtio import registers as reg
 from ..devices.virtio.balloon import VirtioBalloon
 from ..devices.virtio.block import VirtioBlock
+from ..devices.virtio.console import Console
 from ..devices.virtio.image import DiskImage, open_disk
 from ..devices.virtio.net import Net
 from ..devices.virtio.rng import VirtioRng
@@ -18,7 +20,7 @@ from ..devices.virtio.transport import WINDOW_BYTES, VirtioDevice
 from ..errors import ConfigError
 from ..kvm.vm import Vm
 from ..memory.region import GuestMemory
-from .specs import BALLOON, MAX_DEVICES, VirtioSpec
+from .specs import BALLOON, CONSOLE, MAX_DEVICES, VirtioSpec
 
 FIRST_GPA = 0xD000_0000
 STRIDE = 0x1000
@@ -64,6 +66,8 @@ class VirtioBus:
             return Net(spec.name, memory, self._backings.tap(spec.net.interface), spec.net.mac or bytes(6))
         if spec.name == BALLOON:
             return VirtioBalloon(memory)
+        if spec.name == CONSOLE:
+            return Console(spec.name, memory, open_backend(spec.backend, "console"))
         if spec.disk is None:
             return VirtioRng(memory, spec.name)
         image = self._backings.disk(spec.disk)
