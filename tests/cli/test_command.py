@@ -18,8 +18,8 @@ from kvmigrate.cli.app import run_command
 from .command import Host
 
 VERBS = (
-    "run", "receive", "send", "check", "snapshot", "restore", "list", "query", "pause", "resume", "cancel", "powerdown",
-    "reset", "stop", "inspect", "verify", "resolve", "doctor", "cpu-baseline", "demo",
+    "run", "receive", "send", "check", "snapshot", "restore", "list", "query", "pause", "resume", "console", "cancel",
+    "balloon", "powerdown", "reset", "stop", "inspect", "verify", "resolve", "doctor", "cpu-baseline", "demo",
 )  # fmt: skip
 
 
