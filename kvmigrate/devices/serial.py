@@ -88,6 +88,7 @@ class Serial(Device):
             return value
 
     def write(self, offset: int, size: int, value: int) -> None:
+        """See :meth:`Device.write`; what the guest wrote before, by the core, goes out first."""
         with self._changed:
             if offset == DATA and lib.kmig_uart_is_full(self.handle):
                 self._make_room()

@@ -239,6 +239,8 @@ class Machine:
         if self._ended.is_set():
             return
         self.platform.vm.group.request_pause()
+        # Whoever hears of the end may look for the guest's last words.
+        self.platform.serial.flush()
         self._end = end
         self._runstate.move(RunState.INTERNAL_ERROR if end.kind == CRASH else RunState.SHUTDOWN)
         self._ended.set()
