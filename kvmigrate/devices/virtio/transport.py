@@ -67,7 +67,7 @@ class VirtioDevice(Device):
         if self.handle.failed:
             why = os.strerror(self.handle.failed)
             print(
-                f"kvmigrate: {self.name}: {why}: the device has stopped and the guest finds it broken; move or restart it",
+                f"kvmigrate: {self.name}: {why}: the device has stopped, broken for the guest; restart that",
                 file=sys.stderr,
                 flush=True,
             )
