@@ -60,6 +60,13 @@ OtherNets = Annotated[
     list[str] | None,
     typer.Option("--net", metavar="NAME=tap:IF[,mac=MAC]", help="The tap of a network of the guest, if another here."),
 ]
+_BACKENDS = "stdio, pty, null, file:PATH or unix:PATH"
+Console = Annotated[
+    str | None, typer.Option(metavar="BACKEND", help=f"A virtio console (hvc0), and where it leads: {_BACKENDS}.")
+]
+OtherConsole = Annotated[
+    str | None, typer.Option("--console", metavar="BACKEND", help="Where the guest's console leads here; else nowhere.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")]
 Paused = Annotated[bool, typer.Option("--paused", help="Do not let the guest run until kvmigrate resume.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Also show what became of every item of state.")]
@@ -88,6 +95,7 @@ def run(
     paused: Paused = False,
     disk: Disks = None,
     net: Nets = None,
+    console: Console = None,
 ) -> int:
     """Run IMAGE as a guest. Stays in the foreground until the guest ends or has moved.
 
@@ -95,7 +103,8 @@ def run(
     """
     from . import machines
 
-    return machines.run(image, name, memory, cpus, cpu, initrd, append, boot, serial, paused, disk or [], net or [])
+    parts = disk or [], net or [], console
+    return machines.run(image, name, memory, cpus, cpu, initrd, append, boot, serial, paused, *parts)
 
 
 @app.command()
@@ -107,11 +116,12 @@ def receive(
     verbose: Verbose = False,
     disk: OtherDisks = None,
     net: OtherNets = None,
+    console: OtherConsole = None,
 ) -> int:
     """Wait at ADDRESS for one guest and take it over. Stays in the foreground, as run does."""
     from . import machines
 
-    return machines.receive(address, name, serial, paused, verbose, disk or [], net or [])
+    return machines.receive(address, name, serial, paused, verbose, disk or [], net or [], console)
 
 
 @app.command()
@@ -132,6 +142,23 @@ def send(
     return transfer.send(
         name, address, downtime_limit, bandwidth, max_rounds, timeout, compress, as_json=json, verbose=verbose
     )
+
+
+@app.command()
+def check(
+    name: Name,
+    address: Annotated[str, typer.Argument(help="tcp://HOST:PORT or unix:///PATH of receive.", metavar="ADDRESS")],
+    timeout: Annotated[str, typer.Option(help="How long the other side may be silent.")] = "10s",
+    json: Json = False,
+    verbose: Verbose = False,
+) -> int:
+    """Ask ADDRESS whether the guest NAME could go on there. It tries the real state; the guest runs on here.
+
+    Exit status: 0 it could, 1 something would be lost, which a table names, 2 error.
+    """
+    from . import transfer
+
+    return transfer.check(name, address, timeout, as_json=json, verbose=verbose)
 
 
 @app.command()
@@ -163,11 +190,12 @@ def restore(
     verbose: Verbose = False,
     disk: OtherDisks = None,
     net: OtherNets = None,
+    console: OtherConsole = None,
 ) -> int:
     """Run the guest that was saved in DIR. Stays in the foreground, as run does."""
     from . import machines
 
-    return machines.restore(directory, name, serial, clone, clock, paused, verbose, disk or [], net or [])
+    return machines.restore(directory, name, serial, clone, clock, paused, verbose, disk or [], net or [], console)
 
 
 @app.command("list")

@@ -46,6 +46,7 @@ class Vm(Protocol):
     def press_power_button(self) -> None: ...
     def quit(self) -> None: ...
     def start_migration(self, address: Address) -> None: ...
+    def start_check(self, address: Address) -> None: ...
     def cancel_job(self) -> None: ...
     def start_snapshot(self, directory: Path, parameters: SnapshotParameters) -> None: ...
     def migration_info(self) -> Mapping[str, Any]: ...
@@ -117,6 +118,11 @@ async def _migrate(vm: Vm, arguments: Arguments) -> object:
     if any(arguments.get(flag) for flag in ("blk", "inc", "resume")):
         raise QmpError("kvmigrate has neither disk migration nor a migration to resume: leave blk, inc and resume out")
     vm.start_migration(params.destination(arguments))
+    return {}
+
+
+async def _check(vm: Vm, arguments: Arguments) -> object:
+    vm.start_check(params.destination(arguments))
     return {}
 
 
@@ -220,8 +226,10 @@ _ROWS: tuple[Command[Vm], ...] = (
     Command("migrate-set-capabilities", _set_capabilities, "switch `events` on or off", (_CAPABILITIES,)),
     Command("query-migrate-capabilities", _query_capabilities, "all of QEMU 7.2's, and whether each is on"),
     Command("x-kvmigrate-snapshot", _snapshot, "start a snapshot", _SNAPSHOT, LIVE, with_job=False),
-    Command("x-kvmigrate-cancel", _cancel, "stop the migration or snapshot under way"),
-    Command("x-kvmigrate-job", _job, "the last migration or snapshot: status, progress, result or error"),
+    Command("x-kvmigrate-check", _check, "have a destination try the guest's state, which stays here", (_MIGRATE[0],),
+            LIVE, with_job=False),
+    Command("x-kvmigrate-cancel", _cancel, "stop the migration, snapshot or check under way"),
+    Command("x-kvmigrate-job", _job, "the last migration, snapshot or check: status, progress, result or error"),
     Command(
         "x-kvmigrate-resolve",
         _resolve,

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from ..config import Address, MigrationParameters, SnapshotParameters
-from ..contract import Builder, RunState
+from ..contract import Builder, Examiner, RunState
 from ..devices.end import CRASH, RESET, GuestEnd
 from ..errors import KvmigrateError, MigrationError, StateError
 from ..machine.machine import Machine
@@ -144,12 +144,18 @@ class Session:
     def start_snapshot(self, directory: Path, parameters: SnapshotParameters) -> None:
         self._begin(SnapshotJob(self._require_machine(), directory, parameters, self._tell))
 
-    def receive(self, listener: Listener, builder: Builder, *, paused: bool) -> None:
-        """Wait on ``listener`` for a guest that ``builder`` builds and adopts."""
+    def start_check(self, address: Address) -> None:
+        machine = self._require_machine()
+        from .outgoing import CheckJob
+
+        self._begin(CheckJob(machine, address, self.parameters.timeout_ms, self._tell))
+
+    def receive(self, listener: Listener, builder: Builder, examiner: Examiner, *, paused: bool) -> None:
+        """Wait on ``listener`` for a guest that ``builder`` builds and adopts; ``examiner`` is for checks meanwhile."""
         directory = self._claim.directory
         from .incoming import IncomingJob
 
-        self._begin(IncomingJob(listener, builder, directory, self.name, self._tell_migration, paused=paused))
+        self._begin(IncomingJob(listener, builder, examiner, directory, self.name, self._tell_migration, paused=paused))
 
     def _begin(self, job: Job) -> None:
         """Start ``job``; there is none under way."""
@@ -162,7 +168,7 @@ class Session:
             self._job.cancel()
 
     def migration_info(self) -> Mapping[str, Any]:
-        if self._job is None or self._job.kind == "snapshot":
+        if self._job is None or self._job.kind in ("snapshot", "check"):
             return {}
         return self._job.result() or {"status": self._job.status}
 

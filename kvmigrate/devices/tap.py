@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import os
+import re
+import socket
 import struct
+from pathlib import Path
 
 from ..errors import HostError
 
@@ -16,6 +20,10 @@ IFNAME_BYTES = 16
 # <linux/if_tun.h>
 TUNSETIFF, TUNSETVNETHDRSZ = 0x400454CA, 0x400454D8
 IFF_TAP, IFF_NO_PI, IFF_VNET_HDR = 0x0002, 0x1000, 0x4000
+# <linux/sockios.h>, <linux/ethtool.h>, <linux/capability.h>
+SIOCETHTOOL = 0x8946
+ETHTOOL_GDRVINFO, ETHTOOL_GLINK, DRVINFO_BYTES = 3, 10, 196
+CAP_NET_ADMIN = 12
 _IFREQ = struct.Struct(f"{IFNAME_BYTES}sH22x")
 
 
@@ -36,6 +44,53 @@ def open_tap(name: str) -> int:
         os.close(fd)
         raise HostError(f"tap {name}", error.errno or errno.EIO, _attach_hint(name, error.errno)) from error
     return fd
+
+
+def tap_problem(name: str) -> str:
+    """Why :func:`open_tap` would fail, or nothing; without opening it, which the network would notice."""
+    if not os.access(DEVICE, os.R_OK | os.W_OK):
+        return f"{DEVICE} cannot be opened: {_open_hint(errno.EACCES if os.access(DEVICE, os.F_OK) else errno.ENOENT)}"
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as query:
+        try:
+            socket.if_nametoindex(name)
+        except OSError:
+            return "" if _may_administer() else f"there is none: {_attach_hint(name, errno.EPERM)}"
+        if not _is_tap(query, name):
+            return _attach_hint(name, errno.EINVAL)
+        # A tap that is up has a carrier as long as somebody holds it.
+        if _ethtool(query, name, ETHTOOL_GLINK, 8)[4:] != bytes(4):
+            return _attach_hint(name, errno.EBUSY)
+    return "" if _owner(name) in (-1, os.geteuid()) or _may_administer() else _attach_hint(name, errno.EPERM)
+
+
+def _is_tap(query: socket.socket, name: str) -> bool:
+    """By what its driver says (struct ethtool_drvinfo), which tells taps (``tap``) from tunnels (``tun``)."""
+    info = _ethtool(query, name, ETHTOOL_GDRVINFO, DRVINFO_BYTES)
+    driver, bus = (info[at : at + 32].rstrip(b"\0") for at in (4, 100))
+    return (driver, bus) == (b"tun", b"tap")
+
+
+def _ethtool(query: socket.socket, name: str, command: int, size_bytes: int) -> bytes:
+    """The answer of SIOCETHTOOL, which is asked by way of a pointer; zeros when there is none."""
+    answer = ctypes.create_string_buffer(struct.pack("I", command), size_bytes)
+    try:
+        fcntl.ioctl(query, SIOCETHTOOL, struct.pack(f"{IFNAME_BYTES}sP16x", name.encode(), ctypes.addressof(answer)))
+    except OSError:
+        return bytes(size_bytes)
+    return answer.raw
+
+
+def _owner(name: str) -> int:
+    """The uid that may open the tap, -1 when any may."""
+    try:
+        return int(Path(f"/sys/class/net/{name}/owner").read_text())
+    except (OSError, ValueError):
+        return -1
+
+
+def _may_administer() -> bool:
+    found = re.search(r"^CapEff:\s*([0-9a-f]+)$", Path("/proc/self/status").read_text(), re.MULTILINE)
+    return found is not None and bool(int(found[1], 16) >> CAP_NET_ADMIN & 1)
 
 
 def _open_hint(number: int | None) -> str:

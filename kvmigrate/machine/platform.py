@@ -16,7 +16,7 @@ from ..memory.region import GuestMemory
 from ..state.fidelity import Fidelity
 from .description import CpuidTable
 from .specs import VirtioSpec
-from .virtio import VirtioBus
+from .virtio import HOST, Backings, VirtioBus
 
 MCG_CTL_P = 1 << 8
 NR_MCE_BANKS = 10
@@ -38,6 +38,7 @@ class Platform:
         serial_spec: str,
         end: Callable[[GuestEnd], None],
         virtio: Sequence[VirtioSpec] = (),
+        backings: Backings = HOST,
     ) -> None:
         self.cpuid = cpuid
         self._closers: list[Callable[[], None]] = []
@@ -49,7 +50,7 @@ class Platform:
             self.backend = open_backend(serial_spec)
             self._closers.append(self.backend.close)
             self.devices = self._wire(memory_bytes, self.backend, end)
-            self.virtio = VirtioBus(virtio, self.vm, self.memory, self.mmio)
+            self.virtio = VirtioBus(virtio, self.vm, self.memory, self.mmio, backings)
             self._closers.append(self.virtio.close)
             self.devices.update({device.name: device for device in self.virtio.devices})
         except BaseException:

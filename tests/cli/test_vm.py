@@ -120,6 +120,8 @@ def test_a_killed_process_leaves_its_name_free(host: Host) -> None:
         (["IMAGE", "--initrd", "absent"], "absent"),
         (["IMAGE", "--serial", "carrier-pigeon"], "is not a serial backend"),
         (["IMAGE", "--serial", "unix:/absent/socket"], "/absent/socket"),
+        (["IMAGE", "--console", "carrier-pigeon"], "is not a console backend"),
+        (["IMAGE", "--console", "unix:/absent/socket"], "console unix:/absent/socket"),
         (["IMAGE", "--boot", "linux"], "IMAGE"),
     ],
 )

@@ -56,6 +56,9 @@ class FakeVm:
         self.job = "migration"
         self.log.append(address)
 
+    def start_check(self, address: Address) -> None:
+        self.log.append(("check", address))
+
     def cancel_job(self) -> None:
         self.job = ""
         self.log.append("cancel")
