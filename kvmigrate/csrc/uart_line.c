@@ -68,6 +68,8 @@ void kmig_uart_get(struct kmig_uart *uart, struct kmig_uart_state *ret)
     pthread_mutex_lock(&uart->lock);
     *ret = uart->s;
     ret->nr_tx = kmig_uart_nr_waiting(uart);
+    // Who sets this state takes what waits for refused, and so the transmitter for full. Paused, it is so here too.
+    ret->thre_pending &= ret->nr_tx == 0;
     peek(uart, ret->tx, ret->nr_tx);
     pthread_mutex_unlock(&uart->lock);
 }

@@ -284,6 +284,17 @@ def test_clearing_the_fifo_drops_what_waits_for_a_slow_reader(line: Line) -> Non
     assert line.nothing_more()
 
 
+def test_the_state_of_a_running_uart_can_be_loaded(new_line: Callable[[], Line]) -> None:
+    source, destination = new_line(), new_line()
+    # Nobody has sent it yet, and the guest may write more.
+    for value in b"said":
+        lib.kmig_uart_write(source.uart.handle, DATA, value)
+    destination.uart.pause()
+    destination.uart.load(source.uart.save())
+    destination.uart.resume()
+    assert destination.received(4) == b"said"
+
+
 def test_reset_goes_back_to_power_on(line: Line) -> None:
     fresh = line.uart.save()
     write(line, FCR, 0xC1)

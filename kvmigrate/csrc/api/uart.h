@@ -34,7 +34,8 @@ void kmig_uart_destroy(struct kmig_uart *uart);
 void kmig_uart_connect(struct kmig_uart *uart, int vm_fd, uint32_t gsi);
 int kmig_uart_level(struct kmig_uart *uart);
 
-// Of a paused UART. set takes a state that was checked; what waits in it was refused by a back-end.
+// set is for a paused UART and takes a state that was checked; what waits in it was refused by a back-end. What get gives
+// of a running one can be set too.
 void kmig_uart_get(struct kmig_uart *uart, struct kmig_uart_state *ret);
 void kmig_uart_set(struct kmig_uart *uart, const struct kmig_uart_state *state);
 void kmig_uart_reset(struct kmig_uart *uart);
