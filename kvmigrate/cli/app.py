@@ -230,12 +230,40 @@ def resume(name: Name) -> int:
     return query.command(name, "cont", "running")
 
 
+@app.command("console")
+def console_(
+    name: Name,
+    escape: Annotated[
+        str, typer.Option(help="Key that detaches: Ctrl-A to Ctrl-_, or none.", metavar="KEY")
+    ] = "Ctrl-]",
+) -> int:
+    """Attach this terminal to the serial port of NAME. Input from a pipe goes through, and its end detaches.
+
+    Exit status: 0 detached, 6 the guest moved away, else that of the VM's process when the guest ended.
+    """
+    from . import console
+
+    return console.console(name, escape)
+
+
 @app.command()
 def cancel(name: Name) -> int:
     """Cancel the move or snapshot of NAME. The guest runs on."""
     from . import query
 
     return query.command(name, "x-kvmigrate-cancel", "cancelling")
+
+
+@app.command()
+def balloon(
+    name: Name,
+    size: Annotated[str, typer.Argument(help="How much memory to keep, such as 512M.", metavar="[SIZE]")] = "",
+    json: Json = False,
+) -> int:
+    """Ask the guest NAME to give memory up. Without SIZE, show how much it has and is to keep."""
+    from . import query
+
+    return query.balloon(name, size, as_json=json)
 
 
 @app.command()

@@ -44,6 +44,8 @@ class Vm(Protocol):
     async def resume(self) -> None: ...
     async def digest(self) -> Mapping[str, Any]: ...
     def press_power_button(self) -> None: ...
+    def resize(self, keep_bytes: int) -> None: ...
+    def balloon_info(self) -> Mapping[str, Any]: ...
     def quit(self) -> None: ...
     def start_migration(self, address: Address) -> None: ...
     def start_check(self, address: Address) -> None: ...
@@ -88,6 +90,15 @@ async def _query_cpus_fast(vm: Vm, _: Arguments) -> object:
 
 async def _query_memory(vm: Vm, _: Arguments) -> object:
     return {"base-memory": vm.facts()["memory_bytes"]}
+
+
+async def _balloon(vm: Vm, arguments: Arguments) -> object:
+    vm.resize(arguments["value"])
+    return {}
+
+
+async def _query_balloon(vm: Vm, _: Arguments) -> object:
+    return vm.balloon_info()
 
 
 async def _stop(vm: Vm, _: Arguments) -> object:
@@ -212,6 +223,11 @@ _ROWS: tuple[Command[Vm], ...] = (
     Command("query-status", _query_status, "the run state"),
     Command("query-cpus-fast", _query_cpus_fast, "the vCPUs and their threads"),
     Command("query-memory-size-summary", _query_memory, "the size of guest RAM in bytes"),
+    Command("balloon", _balloon, "ask the guest to give memory up, or to take it again",
+            (Argument("value", Kind.INTEGER, "how many bytes the guest is to keep", required=True, low=1),),
+            _STOPPABLE, with_job=False),
+    Command("query-balloon", _query_balloon, "`actual`: how many bytes the guest has, as its driver says;"
+            " `x-kvmigrate-target`: how many it is to keep; `x-kvmigrate-driver`: whether there is a driver"),
     Command("stop", _stop, "pause the guest", states=_STOPPABLE, with_job=False),
     Command("cont", _cont, "let it run (again)", states=LIVE, with_job=False),
     Command("quit", _quit, "end the guest and the process; its exit status is 8"),

@@ -186,6 +186,8 @@ class Serial(Device):
             lib.kmig_uart_resume(self.handle)
             self._level = bool(lib.kmig_uart_level(self.handle))
             self._irq(self._level)
+        # Not every backend has a thread that would.
+        self.drain()
         self._backend.wake()
 
     def reset(self) -> None:

@@ -8,6 +8,7 @@ from ..devices import cmos, debug_exit, i8042, port92, power, poweroff, pvpanic,
 from ..devices.backends import Backend, open_backend
 from ..devices.bus import Device, MmioBus, PioBus
 from ..devices.end import GuestEnd
+from ..devices.tee import Tee
 from ..kvm.cpuid import compare_cpuid
 from ..kvm.system import System, capability
 from ..kvm.vm import Vm
@@ -47,7 +48,7 @@ class Platform:
             self._closers.append(self.memory.close)
             self.vm = self._create_vm(cpuid)
             self.pio, self.mmio = PioBus(), MmioBus()
-            self.backend = open_backend(serial_spec)
+            self.backend = Tee(open_backend(serial_spec))
             self._closers.append(self.backend.close)
             self.devices = self._wire(memory_bytes, self.backend, end)
             self.virtio = VirtioBus(virtio, self.vm, self.memory, self.mmio, backings)

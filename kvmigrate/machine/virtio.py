@@ -85,6 +85,11 @@ class VirtioBus:
             vm.ioeventfd(device.handle.kick_fd[queue], gpa + reg.QUEUE_NOTIFY, 4, queue)
         self.devices.append(device)
 
+    @property
+    def balloon(self) -> VirtioBalloon | None:
+        """The balloon, where there is one."""
+        return next((device for device in self.devices if isinstance(device, VirtioBalloon)), None)
+
     def lock(self) -> None:
         """Take every image for this VM. Idempotent. Raises :class:`ConfigError` when another VM has one, and then holds
         none."""
