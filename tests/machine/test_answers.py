@@ -127,6 +127,7 @@ def test_what_is_answered_does_not_change_under_a_running_vcpu(tmp_path: Path) -
             group.answer_uart(0x2F8, machine.platform.serial.handle)
         machine.start()
         machine.resume()
+        wait_until(lambda: machine.platform.vm.vcpus[0].nr_entries > 0, "the vCPU runs")
         with pytest.raises(HostError, match="busy"):
             group.answer_uart(0x2F8, machine.platform.serial.handle)
     finally:
