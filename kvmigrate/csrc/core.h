@@ -16,6 +16,7 @@
 
 #include "api/ioctl.h"
 #include "api/vcpu.h"
+#include "api/uart.h"
 #include "api/memory.h"
 #include "api/dirty.h"
 #include "api/page.h"
