@@ -16,7 +16,7 @@ PARAMETERS = (
     Argument("multifd-compression", Kind.STRING, "none or zstd"),
     Argument("multifd-zstd-level", Kind.INTEGER, "1 to 19", low=1, high=19),
     Argument("x-kvmigrate-max-rounds", Kind.INTEGER, "give up after so many rounds", low=1, high=10_000),
-    Argument("x-kvmigrate-compression", Kind.STRING, "none, zstd or zstd:LEVEL, levels from -7 to 19"),
+    Argument("x-kvmigrate-compression", Kind.STRING, "auto, none, zstd or zstd:LEVEL, levels from -7 to 19"),
     Argument("x-kvmigrate-timeout", Kind.INTEGER, "how long the peer may be silent, in ms", low=1, high=3_600_000),
 )
 

@@ -37,7 +37,4 @@ static inline void kmig_count(uint64_t *counter, uint64_t more)
     __atomic_store_n(counter, *counter + more, __ATOMIC_RELAXED);
 }
 
-// Hold back a chunk of size_bytes until the cap of round allows it; -ECANCELED when aborted meanwhile.
-int kmig_round_pace(struct kmig_round *round, uint64_t size_bytes);
-
 #endif

@@ -242,13 +242,14 @@ static int send_chunk(struct kmig_round *round, const struct link *link, const s
     return rc;
 }
 
-int kmig_stream_send_round(struct kmig_memory *memory, struct kmig_round *round, int fd, uint32_t *sequence)
+int kmig_stream_send_some(struct kmig_memory *memory, struct kmig_round *round, int fd, uint32_t *sequence,
+                          uint64_t most_pages, uint64_t most_ns)
 {
     const struct link link = {fd, round->abort_fd, round->timeout_ms};
+    uint64_t first = round->pages_done, began_ns = kmig_now_ns();
     struct kmig_chunk chunk;
     int rc;
 
-    kmig_round_begin(memory, round);
     while ((rc = kmig_round_next(memory, round, &chunk, NULL)) > 0) {
         rc = kmig_aborted(round->abort_fd) ? -ECANCELED : send_chunk(round, &link, &chunk, *sequence);
         if (rc < 0) {
@@ -256,8 +257,16 @@ int kmig_stream_send_round(struct kmig_memory *memory, struct kmig_round *round,
             break;
         }
         ++*sequence;
+        if (round->pages_done - first >= most_pages || kmig_now_ns() - began_ns >= most_ns)
+            return 1;
     }
     return rc;
+}
+
+int kmig_stream_send_round(struct kmig_memory *memory, struct kmig_round *round, int fd, uint32_t *sequence)
+{
+    kmig_round_begin(memory, round);
+    return kmig_stream_send_some(memory, round, fd, sequence, UINT64_MAX, UINT64_MAX);
 }
 
 static int recv_header(struct kmig_incoming *in, const struct link *link)

@@ -184,13 +184,13 @@ class Channel:
         """Wait until the peer speaks, as long as it goes on taking what was sent: on a slow link much may be under way.
 
         Raises :class:`PeerTimeout` once ``timeout_ms`` has passed with neither a word nor a byte taken."""
-        left = self._nr_unacknowledged()
+        left = self.nr_unacknowledged()
         while not _poll([(self.fd, select.POLLIN), (self.abort.fd, select.POLLIN)], self.timeout_ms):
-            before, left = left, self._nr_unacknowledged()
+            before, left = left, self.nr_unacknowledged()
             if left >= before:
                 raise _channel_error(-errno.ETIMEDOUT, self.peer, self.timeout_ms)
 
-    def _nr_unacknowledged(self) -> int:
+    def nr_unacknowledged(self) -> int:
         """Bytes that were sent and that the peer's kernel has not taken yet (SIOCOUTQ, tcp(7) and unix(7))."""
         count = array("i", [0])
         fcntl.ioctl(self.fd, termios.TIOCOUTQ, count)

@@ -151,7 +151,7 @@ class Source:
         timeout_ms = self._parameters.timeout_ms
         channel = Channel(connect(self._address, self._abort, timeout_ms), self._abort, timeout_ms, str(self._address))
         self._channel = channel
-        features = () if self._parameters.compression.level is None else ("zstd",)
+        features = ("zstd",) if self._parameters.compression.may_pack else ()
         hello = wire.Hello(wire.FORMAT, features, self._query.uuid, self._query.epoch, self._name)
         channel.send_payloads([(FrameKind.HELLO, hello.to_payload())])
         back = wire.Hello.from_payload(expect(channel, FrameKind.HELLO).payload)

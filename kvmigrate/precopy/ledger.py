@@ -30,6 +30,10 @@ class RoundRecord:
     """The part that was spent on the pages themselves: zero test, hashing, compression. 0 where a bandwidth cap's
     sleeps cannot be told from it."""
     last: bool = False
+    codec: str = ""
+    """How most of its pages went: ``none``, ``zstd:LEVEL``, …; empty where there is no choice."""
+    codec_why: str = ""
+    """Why so, and which pages went another way."""
 
     @property
     def rate_bytes_s(self) -> float:
@@ -49,6 +53,8 @@ class RoundRecord:
             "busy-time": round(self.busy_ms, 3),
             "rate": round(self.rate_bytes_s),
             "last": self.last,
+            "compression": self.codec,
+            "compression-why": self.codec_why,
         }
 
 

@@ -55,6 +55,7 @@ class Round:
         self.number = number
         self.last = last
         self.work_ns = 0
+        self._ways: dict[str, tuple[str, int]] = {}
         self.bandwidth_bytes_s = bandwidth_bytes_s
         self.handle: Any = ffi.new("struct kmig_round *")
         self.handle.abort_fd = abort_fd
@@ -62,11 +63,25 @@ class Round:
         self.handle.bandwidth = bandwidth_bytes_s
         self.handle.first = 1 if number == 0 else 0
 
+    def went_as(self, codec: str, why: str, nr_pages: int) -> None:
+        """A part of it, of ``nr_pages``, went as ``codec`` says, for the reason ``why``."""
+        before = self._ways[codec][1] if codec in self._ways else 0
+        self._ways[codec] = (why, before + nr_pages)
+
+    def _way(self) -> tuple[str, str]:
+        """The codec of most of its pages and the reason, and what went another way."""
+        if not self._ways:
+            return "", ""
+        codec, (why, _) = max(self._ways.items(), key=lambda way: way[1][1])
+        others = [f"{n:,} pages {name} ({reason})" for name, (reason, n) in self._ways.items() if name != codec and n]
+        return codec, "; ".join([why, *others])
+
     def record(self, pages_dirty: int, time_ns: int) -> RoundRecord:
         """The counters as they stand, put down."""
         h = self.handle
         # Under a cap the pacer's sleeps lie between time and busy time; what remains is work only without one.
         work_ns = self.work_ns or (0 if self.bandwidth_bytes_s else max(time_ns - h.busy_ns, 0))
+        codec, codec_why = self._way()
         return RoundRecord(
             round=self.number,
             pages_dirty=pages_dirty,
@@ -78,6 +93,8 @@ class Round:
             busy_ms=h.busy_ns / 1e6,
             work_ms=work_ns / 1e6,
             last=self.last,
+            codec=codec,
+            codec_why=codec_why,
         )
 
 

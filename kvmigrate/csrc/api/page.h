@@ -51,6 +51,13 @@ void kmig_round_begin(struct kmig_memory *memory, struct kmig_round *round);
 // every page is pending that was not handed out before.
 int kmig_round_next(struct kmig_memory *memory, struct kmig_round *round, struct kmig_chunk *chunk, uint8_t *bounce);
 
+// Hold back a send of size_bytes until the cap of round allows it; -ECANCELED when aborted meanwhile.
+int kmig_round_pace(struct kmig_round *round, uint64_t size_bytes);
+
+// Copy up to nr_pages of the pages that are still pending, and not zero, to data: pieces of up to 16 pages, spread over
+// all of them. For a look at what is to come; nothing is taken off pending. Returns how many pages.
+long kmig_memory_sample(struct kmig_memory *memory, uint8_t *data, uint64_t nr_pages);
+
 // Put the pages of a chunk back to pending: it was not delivered.
 void kmig_round_put_back(struct kmig_memory *memory, struct kmig_round *round, const struct kmig_chunk *chunk);
 

@@ -3,6 +3,11 @@
 // All of a round as PAGES frames, numbered from *sequence on. The socket may be blocking or not.
 int kmig_stream_send_round(struct kmig_memory *memory, struct kmig_round *round, int fd, uint32_t *sequence);
 
+// The next part of a round that has begun: ends after the frame with which most_pages were looked at or most_ns have
+// passed. Returns 1 when there may be more, 0 when the round is over.
+int kmig_stream_send_some(struct kmig_memory *memory, struct kmig_round *round, int fd, uint32_t *sequence,
+                          uint64_t most_pages, uint64_t most_ns);
+
 // Send exactly size_bytes; returns 0, -ETIMEDOUT, -ECANCELED, -EPIPE …. abort_fd and timeout as in struct kmig_round.
 int kmig_stream_send(int fd, const void *data, uint64_t size_bytes, int abort_fd, int64_t timeout_ms);
 
