@@ -238,6 +238,9 @@ class MachineConfig:
             raise ConfigError(f"{self.nr_cpus} vCPUs cannot be had: take 1 to {MAX_CPUS}")
 
 
+MIN_DELTA_BYTES = 1 << 20
+
+
 @dataclass(frozen=True, slots=True)
 class MigrationParameters:
     """What bounds a migration. ``bandwidth_bytes_s`` 0 means no cap; times are in milliseconds."""
@@ -248,12 +251,16 @@ class MigrationParameters:
     compression: Compression = Compression()
     timeout_ms: float = 10_000.0
     """How long the other side may say nothing before it counts as dead."""
+    delta_cache_bytes: int = 32 << 20
+    """Room for pages as they were last sent, to send what changed in them; 0 for none. Only with compression."""
 
     def __post_init__(self) -> None:
         if not 0 < self.downtime_limit_ms <= 2_000_000:
             raise ConfigError(f"a downtime limit of {self.downtime_limit_ms:g} ms cannot be meant: take 1 to 2000000")
         if self.bandwidth_bytes_s < 0 or self.max_rounds < 1 or self.timeout_ms <= 0:
             raise ConfigError("bandwidth must not be negative, and max-rounds and the timeout must be positive")
+        if self.delta_cache_bytes and not MIN_DELTA_BYTES <= self.delta_cache_bytes <= MAX_MEMORY_BYTES:
+            raise ConfigError(f"a delta cache of {self.delta_cache_bytes} bytes cannot be had: take 0 or 1M and more")
 
 
 @dataclass(frozen=True, slots=True)

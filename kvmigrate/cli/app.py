@@ -124,6 +124,9 @@ def send(
     max_rounds: Annotated[int, typer.Option(help="Give up after so many rounds.")] = _DEFAULTS.max_rounds,
     timeout: Annotated[str, typer.Option(help="How long the other side may be silent.")] = "10s",
     compress: LinkCompress = "none",
+    delta_cache: Annotated[
+        str, typer.Option(help="Room for pages as last sent, to send what changed; 0: none.")
+    ] = "32M",
     json: Json = False,
     verbose: Verbose = False,
 ) -> int:
@@ -131,7 +134,16 @@ def send(
     from . import transfer
 
     return transfer.send(
-        name, address, downtime_limit, bandwidth, max_rounds, timeout, compress, as_json=json, verbose=verbose
+        name,
+        address,
+        downtime_limit,
+        bandwidth,
+        max_rounds,
+        timeout,
+        compress,
+        delta_cache,
+        as_json=json,
+        verbose=verbose,
     )
 
 

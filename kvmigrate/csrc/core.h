@@ -18,6 +18,7 @@
 #include "api/vcpu.h"
 #include "api/memory.h"
 #include "api/dirty.h"
+#include "api/delta.h"
 #include "api/page.h"
 #include "api/stream.h"
 #include "api/file.h"

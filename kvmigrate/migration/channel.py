@@ -39,6 +39,7 @@ MAX_BYTES: Mapping[int, int] = {
     FrameKind.CONFIG: 1024 * _KIB,
     FrameKind.ACCEPT: 4 * _KIB,
     FrameKind.RESIDENT: 128 * _KIB,
+    FrameKind.OFFER: 4 * _KIB,
     FrameKind.ROUND: 4 * _KIB,
     FrameKind.SECTION: 2048 * _KIB,
     FrameKind.END: 4 * _KIB,
@@ -247,11 +248,12 @@ class Channel:
         return Frame(header.kind, payload) if known else None
 
     def _check_incoming(self, rc: int) -> None:
-        if rc in (-errno.EBADMSG, -errno.EPROTO, -errno.EINVAL):
+        if rc in (-errno.EBADMSG, -errno.EPROTO, -errno.EINVAL, -errno.ESTALE):
             what = {
                 errno.EBADMSG: "a frame header or a page table is damaged",
                 errno.EPROTO: "a frame has a wrong magic, number or length",
                 errno.EINVAL: "a page table names pages that cannot be",
+                errno.ESTALE: "pages come as changes to others than are here",
             }[-rc]
             raise StreamError(f"{what} (near frame {self._incoming.sequence} of the stream from {self.peer})")
         self.check(rc)
@@ -292,7 +294,11 @@ def unexpected(frame: Frame, state: str) -> UnexpectedFrame:
 
 def expect(channel: Channel, kind: FrameKind, timeout_ms: float | None = None, *, spin: bool = False) -> Frame:
     """The next frame, which must be of ``kind``; FAILED becomes :class:`PeerFailed`."""
-    frame = channel.recv(timeout_ms, spin=spin)
+    return require(channel, channel.recv(timeout_ms, spin=spin), kind)
+
+
+def require(channel: Channel, frame: Frame, kind: FrameKind) -> Frame:
+    """``frame`` if it is of ``kind``; FAILED becomes :class:`PeerFailed`."""
     if frame.kind == FrameKind.FAILED:
         raise Failed.from_payload(frame.payload).to_error(channel.peer)
     if frame.kind != kind:

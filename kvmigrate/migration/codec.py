@@ -33,6 +33,7 @@ FAST_LINK = 1.25e9
 LEVELS = (1, 3)
 """More is no smaller on what RAM holds (measured: level 6 saves another 0 to 2 % at a third of the speed)."""
 ENTER, LEAVE, CHANGE = 1.2, 1.05, 1.1
+ALMOST = 0.95
 NO_LIMIT = 2**64 - 1
 LOOK = 2048, 20_000_000
 RAW_PART = 16384, 100_000_000
@@ -112,13 +113,14 @@ class Fixed:
     """What the operator chose, for all rounds."""
 
     def __init__(self, level: int | None) -> None:
+        self.delta = False
         self._part = Part(Choice(level, "as asked for"))
 
     def next(self, round_: Round, sample: Callable[[int], Sample | None]) -> Part:
         """The whole round in one part."""
         return self._part
 
-    def sent(self, part: Part, did: Sent) -> None:
+    def sent(self, round_: Round, part: Part, did: Sent) -> None:
         """Nothing changes the choice."""
 
 
@@ -126,6 +128,8 @@ class Auto:
     """Chooses part by part. ``clock`` in seconds, for tests."""
 
     def __init__(self, cores: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self.delta = False
+        """Whether pages that are sent again can go as what changed in them."""
         self._cores = cores
         self._clock = clock
         self._choice = Choice(None, "nothing measured yet")
@@ -149,11 +153,26 @@ class Auto:
         if self._choice.level is None:
             self._take_samples(link, now, sample)
             self._looked_at = now
-        self._choice = choose(self._choice.level, link, self._samples, self._cores, name)
+        self._choice = self._with_delta(
+            round_, choose(self._choice.level, link, self._samples, self._cores, name), link
+        )
         return Part(self._choice, *(RAW_PART if self._choice.level is None else PACKED_PART))
 
-    def sent(self, part: Part, did: Sent) -> None:
+    def _with_delta(self, round_: Round, choice: Choice, link: float) -> Choice:
+        """Pages that do not shrink may still change little from round to round: try it where it loses next to nothing.
+        It takes a round to fill the cache and another one to see."""
+        if choice.level is not None or not self.delta or round_.number == 0 or not self._samples:
+            return choice
+        level = min(self._samples)
+        if self._samples[level].speed(link, self._cores) < ALMOST * link:
+            return choice
+        return Choice(level, f"{choice.why}, to see whether pages change little")
+
+    def sent(self, round_: Round, part: Part, did: Sent) -> None:
         """A part is over: what it tells of the link and the compressor."""
+        if self.delta and part.choice.level is not None and did.page_bytes >= NOTED_BYTES and round_.number > 1:
+            # Now the cache has had its chance.
+            self.delta = did.out_bytes < did.page_bytes / LEAVE
         busy_s = did.busy_s + (did.work_s if part.choice.level is not None else 0.0)
         if part.choice.level is None:
             self._bound, self._looked_at = False, self._clock()

@@ -18,11 +18,14 @@ from ..precopy.ledger import RoundRecord
 from ..precopy.rounds import Round, check_round
 from ..state.frame import FLAG_MANDATORY, FrameHeader, FrameKind, encode_header
 from . import wire
-from .channel import Channel, expect
+from .channel import Channel, Frame, require
 from .codec import Auto, Fixed, Part, Sample, Sent
+from .delta import DELTA, DeltaCache, Offer
 
 PAGES_HEAD = struct.Struct("<IIQ")
+BASES = struct.Struct("<Q")
 PAGES_ZSTD = 1
+PAGES_DELTA = 2
 RUN_BYTES = 16
 SAMPLE_PAGES = 64
 """Fewer pages than this tell nothing of the rest."""
@@ -43,8 +46,11 @@ def announce_resident(channel: Channel, memory: GuestMemory) -> None:
 class StreamSink:
     """A :class:`PageSink` that writes to ``channel``, and counts what it wrote over all rounds."""
 
-    def __init__(self, channel: Channel, compression: Compression) -> None:
+    def __init__(self, channel: Channel, compression: Compression, delta_cache_bytes: int = 0) -> None:
         self._channel = channel
+        self._delta_cache_bytes = delta_cache_bytes if compression.may_pack else 0
+        self._offered = False
+        self._delta: DeltaCache | None = None
         self._packer = _Packer()
         self._codec: Fixed | Auto = Fixed(compression.level)
         if compression.auto:
@@ -55,6 +61,11 @@ class StreamSink:
     def write_round(self, memory: GuestMemory, round_: Round) -> None:
         """Send everything that is pending. Raises what :meth:`Channel.check` raises."""
         handle = round_.handle
+        if self._delta_cache_bytes and round_.handle.first:
+            self._channel.send_payloads([(FrameKind.OFFER, Offer((DELTA,)).to_payload())], mandatory=False)
+            self._offered = True
+        if self._delta is not None:
+            handle.delta = self._delta.handle
         lib.kmig_round_begin(memory.handle, handle)
         more = True
         while more:
@@ -87,7 +98,7 @@ class StreamSink:
             work_s=(round_.work_ns - work) / 1e9,
         )
         round_.went_as(str(part.choice), part.choice.why, handle.pages_done - pages)
-        self._codec.sent(part, did)
+        self._codec.sent(round_, part, did)
         return bool(more)
 
     def end_round(self, record: RoundRecord) -> None:
@@ -98,9 +109,20 @@ class StreamSink:
         zero = record.pages_zero + record.pages_cleared
         payload = wire.Round(record.round, record.pages_sent, zero, record.bytes_sent).to_payload()
         self._channel.send_payloads([(FrameKind.ROUND, payload)])
-        self._channel.wait_while_draining()
-        if expect(self._channel, FrameKind.ROUND).payload != payload:
+        if self._answer().payload != payload:
             raise BadField(f"{self._channel.peer} answers for another round than {record.round}")
+
+    def _answer(self) -> Frame:
+        """The ROUND that comes back, and what the destination made of an OFFER before it."""
+        while True:
+            self._channel.wait_while_draining()
+            frame = self._channel.recv()
+            if frame.kind != FrameKind.OFFER or not self._offered:
+                return require(self._channel, frame, FrameKind.ROUND)
+            self._offered = False
+            if DELTA in Offer.from_payload(frame.payload).features:
+                self._delta = DeltaCache(self._delta_cache_bytes)
+                self._codec.delta = True
 
 
 class _Packer:
@@ -180,8 +202,11 @@ class _Packer:
         packed: bytes | memoryview = zstd.compress(raw) if raw else b""
         flags = PAGES_ZSTD if raw and len(packed) < len(raw) else 0
         data = packed if flags else raw
+        if chunk.nr_delta_pages:
+            flags |= PAGES_DELTA
         head = PAGES_HEAD.pack(chunk.nr_runs, flags, len(data))
         head += bytes(ffi.buffer(chunk.run, chunk.nr_runs * RUN_BYTES))
+        head += BASES.pack(chunk.bases) if chunk.nr_delta_pages else b""
         checksum = lib.kmig_hash(head, len(head))
         header = FrameHeader(FrameKind.PAGES, FLAG_MANDATORY, len(head) + len(data), checksum, sequence)
         frame = bytearray(encode_header(header))
@@ -191,7 +216,7 @@ class _Packer:
 
 
 class Decompressor:
-    """Compressed PAGES frames of one stream into memory."""
+    """PAGES frames of one stream that are compressed or hold changes, into memory."""
 
     def __init__(self) -> None:
         self._zstd = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES)
@@ -199,13 +224,17 @@ class Decompressor:
     def apply(self, memory: GuestMemory, channel: Channel) -> None:
         """Read the data of the frame whose table :meth:`Channel.recv_pages` has checked, and write it to its pages.
 
-        Raises :class:`StreamError` unless it is one zstd frame that says it holds exactly the announced pages and does.
+        Raises :class:`StreamError` unless compressed data is one zstd frame that says it holds exactly the announced
+        pages and does.
         """
         incoming = channel.incoming
         wanted = incoming.nr_data_pages * PAGE_BYTES
-        if incoming.length >= wanted:
+        packed = incoming.frame_flags & PAGES_ZSTD
+        if packed and incoming.length >= wanted:
             raise TooLarge(f"a compressed PAGES frame of {incoming.length} bytes for {wanted} bytes of pages")
-        data = self._expand(channel.recv_bytes(incoming.length), wanted)
+        data = channel.recv_bytes(incoming.length)
+        if packed:
+            data = self._expand(data, wanted)
         check_round(
             lib.kmig_table_apply(memory.handle, incoming.run, incoming.nr_runs, ffi.from_buffer(data)),
             "writing received pages",

@@ -167,7 +167,7 @@ class Source:
     def _copy(self, channel: Channel) -> tuple[PreCopy, StreamSink]:
         """Rounds while the guest runs, until the decision to switch."""
         parameters = self._parameters
-        sink = StreamSink(channel, parameters.compression)
+        sink = StreamSink(channel, parameters.compression, parameters.delta_cache_bytes)
         limits = Limits(parameters.downtime_limit_ms, parameters.max_rounds, parameters.bandwidth_bytes_s)
         precopy = PreCopy(
             self._machine.memory,

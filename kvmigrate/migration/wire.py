@@ -9,6 +9,7 @@ integers are at most 64 bits wide, times are microseconds on the clock of the si
       | CONFIG{description} -------------------------> |   builds the machine: slots, vCPUs, memory
       | <-------------------------------------- ACCEPT |   or FAILED
       | RESIDENT{runs} ------------------------------> |   a hint, optional: touches that memory ahead
+      | OFFER{features} -----------------------------> |   optional (migration/delta.py), answered by OFFER
       | PAGES … ROUND{round,…}  (for every round) ---> |   the guest runs here -----
       | <----------------------------- ROUND, the same |   all of the round has been received
       | pause, save                                    |
@@ -28,6 +29,7 @@ The receiver's table. A pair that is not in it is an :class:`UnexpectedFrame` th
     AWAITED     QUERY     AWAITED        answered, then that connection is closed
     GREETED     CONFIG    RECEIVING
     RECEIVING   RESIDENT  RECEIVING
+    RECEIVING   OFFER     RECEIVING      once
     RECEIVING   PAGES     RECEIVING
     RECEIVING   ROUND     RECEIVING      LOADING when it announces sections
     LOADING     SECTION   LOADING

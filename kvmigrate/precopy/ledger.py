@@ -30,6 +30,8 @@ class RoundRecord:
     """The part that was spent on the pages themselves: zero test, hashing, compression. 0 where a bandwidth cap's
     sleeps cannot be told from it."""
     last: bool = False
+    pages_delta: int = 0
+    """Of ``pages_sent``, those that went as what had changed in them."""
     codec: str = ""
     """How most of its pages went: ``none``, ``zstd:LEVEL``, …; empty where there is no choice."""
     codec_why: str = ""
@@ -48,6 +50,7 @@ class RoundRecord:
             "pages-zero": self.pages_zero,
             "pages-cleared": self.pages_cleared,
             "pages-sent": self.pages_sent,
+            "pages-delta": self.pages_delta,
             "bytes": self.bytes_sent,
             "time": round(self.time_ms, 3),
             "busy-time": round(self.busy_ms, 3),

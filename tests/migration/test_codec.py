@@ -78,7 +78,7 @@ class World:
 
     def step(self) -> Choice:
         part = self.auto.next(self.round, self.sample)
-        self.auto.sent(part, self._send(part))
+        self.auto.sent(self.round, part, self._send(part))
         return part.choice
 
     def _send(self, part: Part) -> Sent:

@@ -21,19 +21,20 @@ struct kmig_incoming {
     uint32_t sequence;         // of the next frame
     uint32_t kind;             // of the frame whose header came last
     uint32_t flags;
-    uint32_t frame_flags;      // of a PAGES frame: bit 0 is zstd
+    uint32_t frame_flags;      // of a PAGES frame: bit 0 is zstd, bit 1 that there are delta runs
     uint64_t length;
     uint64_t checksum;
     uint64_t bytes_received;
     uint64_t pages_received;
     uint64_t pages_cleared;
-    uint32_t nr_runs;          // of a compressed PAGES frame: its table and where it is
+    uint32_t nr_runs;          // of a PAGES frame with flags: its table
     uint32_t nr_data_pages;
     struct kmig_page_run run[KMIG_CHUNK_PAGES];
 };
 
-// Receive frames: every uncompressed PAGES frame goes straight into memory (bounds and table checksum checked first).
-// Returns 1 with the header of the first frame that is anything else, its payload still unread; for a compressed PAGES
-// frame the table is read and checked, and the zstd frame (length in in->length) is still unread.
+// Receive frames: every PAGES frame without flags goes straight into memory (bounds and table checksum checked first).
+// Returns 1 with the header of the first frame that is anything else, its payload still unread; for a PAGES frame with
+// flags the table is read and checked, and its data (length in in->length) is still unread.
+// -ESTALE: a delta run builds upon other pages than are here.
 // -EBADMSG: a header or table is damaged; -EPROTO: a wrong magic, sequence or length; -EINVAL: a table that cannot be.
 int kmig_stream_recv_pages(struct kmig_memory *memory, struct kmig_incoming *in, int fd);
