@@ -3,7 +3,7 @@
 ::
 
     link      bytes per second, of the newest parts of a round that kept the socket busy: what left the socket's
-              buffer in them over the time they took. Of two the faster: a stall is no slow link. Never above the cap.
+              buffer in them over the time they took. The best of NEWEST: a stall is no slow link. Never above the cap.
     ratio     bytes after compression per byte of pages
     packer    bytes of pages that one thread compresses per second, with everything else that runs here
     speed     bytes of pages per second: link for raw ones; for zstd min(link / ratio, packer), since the link goes on
@@ -16,8 +16,9 @@ pages that it compressed, packer as the faster of the two newest parts; the rati
 that of the one that is. A link of FAST_LINK or more is not worth a sample.
 
 The rule. The level is changed for one that is CHANGE times as fast; zstd is begun with at a gain of ENTER and given up
-below LEAVE. Between them it stays as it is. While the compressor itself is the limit nothing is seen of the link: then
-now and again a few pages go raw, to look.
+below LEAVE. Between them it stays as it is. While the compressor itself is the limit, so that the socket's buffer runs
+empty, nothing is seen of the link: then now and again a few pages go raw, to look; the longer it has been so, the
+seldomer.
 """
 
 from __future__ import annotations
@@ -40,11 +41,17 @@ RAW_PART = 16384, 100_000_000
 PACKED_PART = 16384, 250_000_000
 """How often the choice is looked at again: pages, or nanoseconds."""
 AGAIN_S = 1.0
-"""How long a sample counts, and how long the compressor may be the limit before the link is looked at."""
-NOTED_BYTES = 1 << 20
+"""How long a sample counts."""
+FIRST_LOOK_S, LAST_LOOK_S = 0.25, 8.0
+"""How long the compressor may be the limit before the link is looked at: doubled with each look in vain."""
+NEWEST, ENOUGH = 4, 3
+"""How many rates of the link are remembered, and from how many on they count."""
+NOTED_BYTES = 256 << 10
 """The least that must have left the socket for a rate to be worth noting."""
-BOUND = 0.8
-"""The compressor is the limit when it takes more than this part of the time."""
+PACKED_BYTES = 1 << 20
+"""The least that must have been compressed for its ratio to be worth noting."""
+BOUND, EMPTY_BYTES = 0.8, 64 << 10
+"""The compressor is the limit when it takes more than this part of the time and leaves no more to be sent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,11 +89,13 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Sent:
-    """What a part did. ``left_bytes``: what left the socket's buffer in it; the times do not overlap."""
+    """What a part did. ``left_bytes`` left the socket's buffer in it, ``queued_bytes`` are still in there; the times do
+    not overlap."""
 
     page_bytes: int
     out_bytes: int
     left_bytes: int
+    queued_bytes: int
     busy_s: float
     work_s: float
 
@@ -137,6 +146,7 @@ class Auto:
         self._packers: dict[int, float] = {}
         self._rates: list[float] = []
         self._sampled_at = self._looked_at = float("-inf")
+        self._look_after = FIRST_LOOK_S
         self._bound = False
 
     def next(self, round_: Round, sample: Callable[[int], Sample | None]) -> Part:
@@ -145,14 +155,15 @@ class Auto:
             # In the blackout nothing is tried out.
             return Part(self._choice)
         link, name = self._link(round_.bandwidth_bytes_s)
-        if not link or (name == "link" and len(self._rates) < 2):
+        if not link or (name == "link" and len(self._rates) < ENOUGH):
             return Part(self._choice, *LOOK)
         now = self._clock()
-        if self._bound and name == "link" and now - self._looked_at > AGAIN_S:
+        if self._bound and name == "link" and now - self._looked_at > self._look_after:
+            self._look_after = min(2 * self._look_after, LAST_LOOK_S)
             return Part(Choice(None, "to see what the link carries"), *LOOK)
         if self._choice.level is None:
             self._take_samples(link, now, sample)
-            self._looked_at = now
+            self._looked_at, self._look_after = now, FIRST_LOOK_S
         self._choice = self._with_delta(
             round_, choose(self._choice.level, link, self._samples, self._cores, name), link
         )
@@ -170,24 +181,24 @@ class Auto:
 
     def sent(self, round_: Round, part: Part, did: Sent) -> None:
         """A part is over: what it tells of the link and the compressor."""
-        if self.delta and part.choice.level is not None and did.page_bytes >= NOTED_BYTES and round_.number > 1:
+        if self.delta and part.choice.level is not None and did.page_bytes >= PACKED_BYTES and round_.number > 1:
             # Now the cache has had its chance.
             self.delta = did.out_bytes < did.page_bytes / LEAVE
         busy_s = did.busy_s + (did.work_s if part.choice.level is not None else 0.0)
         if part.choice.level is None:
             self._bound, self._looked_at = False, self._clock()
         else:
-            self._bound = did.work_s > BOUND * busy_s
+            self._bound = did.work_s > BOUND * busy_s and did.queued_bytes < EMPTY_BYTES
             self._note_packer(part.choice.level, did)
         if did.left_bytes < NOTED_BYTES or busy_s <= 0:
             return
         rate = did.left_bytes / busy_s
         # With the compressor as the limit this is the least that the link carries.
         if not self._bound or rate > max(self._rates, default=0.0):
-            self._rates = [*self._rates[-1:], rate]
+            self._rates = [*self._rates, rate][-NEWEST:]
 
     def _note_packer(self, level: int, did: Sent) -> None:
-        if did.page_bytes < NOTED_BYTES or did.work_s <= 0:
+        if did.page_bytes < PACKED_BYTES or did.work_s <= 0:
             return
         packer = did.page_bytes / did.work_s
         newest = max(packer, self._packers.get(level, 0.0))

@@ -89,11 +89,12 @@ class StreamSink:
                 round_.work_ns += max(time.monotonic_ns() - begin - (handle.busy_ns - busy), 0)
         else:
             more = self._packer.send_some(memory, round_, channel, part)
-        out = handle.bytes_sent - out
+        out, queued = handle.bytes_sent - out, channel.nr_unacknowledged()
         did = Sent(
             page_bytes=(handle.pages_sent - sent) * PAGE_BYTES,
             out_bytes=out,
-            left_bytes=out + waiting - channel.nr_unacknowledged(),
+            left_bytes=out + waiting - queued,
+            queued_bytes=queued,
             busy_s=(handle.busy_ns - busy) / 1e9,
             work_s=(round_.work_ns - work) / 1e9,
         )
