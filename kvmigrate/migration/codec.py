@@ -12,8 +12,9 @@
     gain      speed / link
 
 ratio and packer come from a sample of the pages still to be sent (csrc/sample.c), and once zstd is in use from the
-pages that it compressed, packer as the faster of the two newest parts; the ratio of a level that is not in use follows
-that of the one that is. A link of FAST_LINK or more is not worth a sample.
+pages that it compressed, packer as the faster of the two newest parts; the figures of a level that is not in use follow
+those of the one that is. A sample is timed by its own processor's clock, so a level begins with a small part, a trial.
+A link of FAST_LINK or more is not worth a sample.
 
 The rule. The level is changed for one that is CHANGE times as fast; zstd is begun with at a gain of ENTER and given up
 below LEAVE. Between them it stays as it is. While the compressor itself is the limit, so that the socket's buffer runs
@@ -25,7 +26,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from ..precopy.converge import show_rate
 from ..precopy.rounds import Round
@@ -39,9 +40,10 @@ NO_LIMIT = 2**64 - 1
 LOOK = 2048, 20_000_000
 RAW_PART = 16384, 100_000_000
 PACKED_PART = 16384, 250_000_000
+TRIAL = 1024, 250_000_000
 """How often the choice is looked at again: pages, or nanoseconds."""
 AGAIN_S = 1.0
-"""How long a sample counts."""
+"""How long a sample counts; doubled each time that its promise was not kept."""
 FIRST_LOOK_S, LAST_LOOK_S = 0.25, 8.0
 """How long the compressor may be the limit before the link is looked at: doubled with each look in vain."""
 NEWEST, ENOUGH = 4, 3
@@ -147,6 +149,7 @@ class Auto:
         self._rates: list[float] = []
         self._sampled_at = self._looked_at = float("-inf")
         self._look_after = FIRST_LOOK_S
+        self._again_s = AGAIN_S
         self._bound = False
 
     def next(self, round_: Round, sample: Callable[[int], Sample | None]) -> Part:
@@ -161,13 +164,20 @@ class Auto:
         if self._bound and name == "link" and now - self._looked_at > self._look_after:
             self._look_after = min(2 * self._look_after, LAST_LOOK_S)
             return Part(Choice(None, "to see what the link carries"), *LOOK)
-        if self._choice.level is None:
+        level = self._choice.level
+        if level is None:
             self._take_samples(link, now, sample)
             self._looked_at, self._look_after = now, FIRST_LOOK_S
-        self._choice = self._with_delta(
-            round_, choose(self._choice.level, link, self._samples, self._cores, name), link
-        )
-        return Part(self._choice, *(RAW_PART if self._choice.level is None else PACKED_PART))
+        # Until a level has shown what it does under this host's load, it has to win anew.
+        proven = level if level in self._packers else None
+        choice = self._with_delta(round_, choose(proven, link, self._samples, self._cores, name), link)
+        if choice.level is None and level is not None:
+            self._again_s = min(2 * self._again_s, LAST_LOOK_S)
+            self._packers.clear()
+        self._choice = choice
+        if choice.level is None:
+            return Part(choice, *RAW_PART)
+        return Part(choice, *(PACKED_PART if choice.level in self._packers else TRIAL))
 
     def _with_delta(self, round_: Round, choice: Choice, link: float) -> Choice:
         """Pages that do not shrink may still change little from round to round: try it where it loses next to nothing.
@@ -202,11 +212,14 @@ class Auto:
             return
         packer = did.page_bytes / did.work_s
         newest = max(packer, self._packers.get(level, 0.0))
-        self._packers[level] = packer
         ratio = min(did.out_bytes / did.page_bytes, 1.0)
-        change = ratio / self._samples[level].ratio
+        before = self._samples.get(level, Sample(ratio, newest))
         for other, found in self._samples.items():
-            self._samples[other] = replace(found, ratio=min(found.ratio * change, 1.0))
+            slower = newest / before.packer
+            self._samples[other] = Sample(min(found.ratio * ratio / before.ratio, 1.0), found.packer * slower)
+        if level in self._packers:
+            self._again_s = AGAIN_S
+        self._packers[level] = packer
         self._samples[level] = Sample(ratio, newest)
 
     def _link(self, cap: int) -> tuple[float, str]:
@@ -214,7 +227,7 @@ class Auto:
         return (cap, "cap") if cap and (cap < measured or not measured) else (measured, "link")
 
     def _take_samples(self, link: float, now: float, sample: Callable[[int], Sample | None]) -> None:
-        if link >= FAST_LINK or now - self._sampled_at < AGAIN_S:
+        if link >= FAST_LINK or now - self._sampled_at < self._again_s:
             return
         self._sampled_at = now
         for level in LEVELS:

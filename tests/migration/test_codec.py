@@ -18,6 +18,7 @@ from kvmigrate.precopy.rounds import Round
 from tests.fake_machine import MIB, FakeMachine
 
 from .harness import Receiving, migrate
+from .shaped import THERE, ShapedLink, possible
 
 Receive = Callable[..., Receiving]
 
@@ -219,3 +220,21 @@ def test_what_was_asked_for_is_the_reason_when_it_was_asked_for(tmp_path: Path, 
     told = outcome.result.rounds[0].to_value()
     assert (told["compression"], told["compression-why"]) == ("zstd:2", "as asked for")
     machine.close()
+
+
+@pytest.mark.skipif(not possible(), reason="a shaped link takes root, ip and tc")
+def test_a_shaped_link_carries_less_than_half_of_compressible_pages(tmp_path: Path) -> None:
+    machine = FakeMachine(32 * MIB, running=True)
+    text_like(machine, 28 * MIB)
+    link = ShapedLink("100mbit")
+    try:
+        with link.there():
+            receiving = Receiving(tmp_path, listen=Address(THERE, 0))
+        outcome = migrate(machine, receiving.address, tmp_path, compression="auto")
+        receiving.join()
+        receiving.close()
+    finally:
+        link.close()
+        machine.close()
+    assert outcome.error is None and outcome.result is not None
+    assert outcome.result.rounds[0].bytes_sent < 0.5 * 28 * MIB
