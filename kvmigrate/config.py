@@ -209,9 +209,16 @@ class DiskConfig:
         return cls(name, Path(bare), bare != path)
 
 
+def require_own_terminal(serial: str, console: str | None) -> None:
+    """Raise :class:`ConfigError` when both would read the same keys."""
+    if serial == console == "stdio":
+        raise ConfigError("--serial and --console cannot both be stdio: add --serial null, or give one another place")
+
+
 @dataclass(frozen=True, slots=True)
 class MachineConfig:
-    """A machine: its name, its size and where its serial port goes. Raises :class:`ConfigError` when built wrong."""
+    """A machine: its name, its size, where its serial port goes, and its console if it is to have one. Raises
+    :class:`ConfigError` when built wrong."""
 
     name: str
     memory_bytes: int = 1 << 30
@@ -220,10 +227,12 @@ class MachineConfig:
     boot: BootConfig | None = None
     disks: tuple[DiskConfig, ...] = ()
     nets: tuple[NetConfig, ...] = ()
+    console: str | None = None
     cpu: str = "host"
     """``host``, ``baseline`` or the path of a file: see :func:`kvmigrate.kvm.cpu_files.choose_cpu`."""
 
     def __post_init__(self) -> None:
+        require_own_terminal(self.serial, self.console)
         for kind, parts in (("disks", self.disks), ("networks", self.nets)):
             names = [part.name for part in parts]
             if len(set(names)) != len(names):

@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -14,6 +15,7 @@ from ..config import Address, ClockPolicy, DiskConfig, MachineConfig, NetConfig
 from ..errors import ControlError
 from ..machine.machine import Machine
 from ..machine.rehearsal import rehearse
+from ..machine.trial import TrialMachine
 from ..migration.address import Listener
 from ..migration.journal import Entry, Journal, Role
 from ..state.fidelity import Fidelity
@@ -51,6 +53,7 @@ def run_restored(
     serial: str,
     disks: Sequence[DiskConfig] = (),
     nets: Sequence[NetConfig] = (),
+    console: str | None = None,
     *,
     paused: bool = False,
     show: ShowFidelity | None = None,
@@ -63,7 +66,9 @@ def run_restored(
     from ..snapshot.load import restore
 
     def build(value: Mapping[str, Value]) -> Machine:
-        return Machine.build(value, name=name, serial=serial, disks=disks, nets=nets, clone=clone, clock=clock)
+        return Machine.build(
+            value, name=name, serial=serial, disks=disks, nets=nets, console=console, clone=clone, clock=clock
+        )
 
     with _session(name, held=None if clone else directory) as session:
         restored = restore(directory, build)
@@ -91,6 +96,7 @@ def run_incoming(
     serial: str,
     disks: Sequence[DiskConfig] = (),
     nets: Sequence[NetConfig] = (),
+    console: str | None = None,
     *,
     paused: bool = False,
     show: ShowFidelity | None = None,
@@ -100,18 +106,19 @@ def run_incoming(
         listener = Listener(address)
 
         def build(value: Mapping[str, Value]) -> Machine:
-            machine = Machine.build(value, name=name, serial=serial, disks=disks, nets=nets)
+            machine = Machine.build(value, name=name, serial=serial, disks=disks, nets=nets, console=console)
             session.adopt(machine)
             # Its threads are there before the source pauses: they would cost time in the blackout.
             machine.start()
             return machine
 
+        examine = partial(TrialMachine.examine, disks=disks, nets=nets, console=console)
         # Before a source comes: it would wait for it.
         rehearse()
         if show is not None:
             session.on_arrival = show
         print(f"kvmigrate: {name} waits for a guest at {listener.address}", file=sys.stderr, flush=True)
-        return _live(session, lambda live: live.receive(listener, build, paused=paused))
+        return _live(session, lambda live: live.receive(listener, build, examine, paused=paused))
 
 
 def _live(session: Session, begin: Callable[[Session], None]) -> int:

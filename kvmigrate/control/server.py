@@ -41,7 +41,7 @@ class Server:
             raise
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if len(self._clients) >= MAX_CLIENTS or not _same_user(writer.get_extra_info("socket")):
+        if len(self._clients) >= MAX_CLIENTS or not same_user(writer.get_extra_info("socket")):
             writer.close()
             return
         client = _Client(self._vm, reader, writer, asyncio.current_task())
@@ -159,7 +159,7 @@ class _Client:
         return {}
 
 
-def _same_user(connection: socket.socket) -> bool:
+def same_user(connection: socket.socket) -> bool:
     """Whether the peer is root or runs under our own uid; the kernel says so (SO_PEERCRED, unix(7))."""
     packed = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
     _pid, uid, _gid = _CREDENTIALS.unpack(packed)

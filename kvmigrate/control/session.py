@@ -23,11 +23,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from ..config import Address, MigrationParameters, SnapshotParameters
-from ..contract import Builder, RunState
+from ..contract import Builder, Examiner, RunState
 from ..devices.end import CRASH, RESET, GuestEnd
 from ..errors import KvmigrateError, MigrationError, StateError
 from ..machine.machine import Machine
 from ..state.fidelity import Fidelity
+from . import ballooning
+from .console import Console
 from .job import Job, SnapshotJob, describe
 from .runtime import Claim
 from .server import Server
@@ -61,11 +63,13 @@ class Exit:
     reason: str = ""
     moved: bool = False
     error: KvmigrateError | None = None
+    story: str = ""
+    """What became of the guest, also where ``text`` needs none."""
 
     @classmethod
     def of_guest(cls, end: GuestEnd) -> Exit:
         text = end.text if end.kind in _SHUTDOWN_REASONS else ""
-        return cls(end.exit_status, text, _SHUTDOWN_REASONS.get(end.kind, "guest-shutdown"))
+        return cls(end.exit_status, text, _SHUTDOWN_REASONS.get(end.kind, "guest-shutdown"), story=end.text)
 
 
 class Session:
@@ -81,6 +85,7 @@ class Session:
         """Told what became of every item of state of a guest that came in."""
         self._claim = claim
         self._server = Server(self)
+        self._console = Console(claim.name)
         self._job: Job | None = None
         self._jobs: list[Job] = []
         self._busy = ""
@@ -129,6 +134,12 @@ class Session:
         finally:
             self._busy = ""
 
+    def resize(self, keep_bytes: int) -> None:
+        ballooning.resize(self._require_machine(), keep_bytes)
+
+    def balloon_info(self) -> Mapping[str, Any]:
+        return ballooning.facts(self._require_machine())
+
     def press_power_button(self) -> None:
         self._require_machine().press_power_button()
 
@@ -144,12 +155,18 @@ class Session:
     def start_snapshot(self, directory: Path, parameters: SnapshotParameters) -> None:
         self._begin(SnapshotJob(self._require_machine(), directory, parameters, self._tell))
 
-    def receive(self, listener: Listener, builder: Builder, *, paused: bool) -> None:
-        """Wait on ``listener`` for a guest that ``builder`` builds and adopts."""
+    def start_check(self, address: Address) -> None:
+        machine = self._require_machine()
+        from .outgoing import CheckJob
+
+        self._begin(CheckJob(machine, address, self.parameters.timeout_ms, self._tell))
+
+    def receive(self, listener: Listener, builder: Builder, examiner: Examiner, *, paused: bool) -> None:
+        """Wait on ``listener`` for a guest that ``builder`` builds and adopts; ``examiner`` is for checks meanwhile."""
         directory = self._claim.directory
         from .incoming import IncomingJob
 
-        self._begin(IncomingJob(listener, builder, directory, self.name, self._tell_migration, paused=paused))
+        self._begin(IncomingJob(listener, builder, examiner, directory, self.name, self._tell_migration, paused=paused))
 
     def _begin(self, job: Job) -> None:
         """Start ``job``; there is none under way."""
@@ -162,7 +179,7 @@ class Session:
             self._job.cancel()
 
     def migration_info(self) -> Mapping[str, Any]:
-        if self._job is None or self._job.kind == "snapshot":
+        if self._job is None or self._job.kind in ("snapshot", "check"):
             return {}
         return self._job.result() or {"status": self._job.status}
 
@@ -186,9 +203,12 @@ class Session:
         """Own ``machine`` from now on. May be called from the thread that receives it."""
         machine.on_change(self._changed)
         machine.on_end = lambda end: self._post("end", end)
+        self._console.adopt(machine.platform.backend)
         self.machine = machine
 
     def _changed(self, state: RunState) -> None:
+        if state in _QUIET:
+            self._console.hold(True)
         self._post("state", state, wake=state not in _QUIET)
 
     def _tell(self, name: str, data: Mapping[str, Any]) -> None:
@@ -219,6 +239,7 @@ class Session:
                 self._job_ended(value)
 
     def _show_state(self, state: RunState, time_ns: int) -> None:
+        self._console.hold(self.runstate in _QUIET)
         runs = state is RunState.RUNNING
         if runs != self._ran:
             self._server.emit("RESUME" if runs else "STOP", None, time_ns)
@@ -241,6 +262,8 @@ class Session:
         """The first reason to end counts."""
         if self._over is not None and not self._over.done():
             self._over.set_result(how)
+            story = how.story or str(how.error or "")
+            self._console.end(how.status, f"VM {self.name} has ended: {story}" if story else how.text)
 
     # The life of the process.
 
@@ -252,6 +275,7 @@ class Session:
             self._loop.add_signal_handler(number, self._signalled, number)
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         await self._server.start(self._claim.socket_path)
+        self._console.start(self._claim.console_path)
         try:
             begin(self)
             gc.collect()
@@ -319,3 +343,4 @@ class Session:
             job.close()
         if self.machine is not None:
             self.machine.close()
+        self._console.close()

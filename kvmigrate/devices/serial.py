@@ -272,6 +272,8 @@ class Serial(Device):
             # to the level it has already makes no new edge there.
             self._level = self._cause() != IIR_NONE
             self._irq(self._level)
+        # Not every backend has a thread that would.
+        self.drain()
         self._backend.wake()
 
     def reset(self) -> None:

@@ -14,7 +14,7 @@ from ..config import MAX_CPUS, MAX_MEMORY_BYTES, MIN_MEMORY_BYTES, DiskConfig, M
 from ..errors import BadField, ConfigError, RestoreRefused
 from ..memory.layout import slots_for
 from ..state.section import Fields, Value
-from .specs import MAX_DEVICES, VirtioSpec, read_specs, specs_for, with_disks, with_nets, with_new_macs
+from .specs import MAX_DEVICES, VirtioSpec, read_specs, specs_for, with_console, with_disks, with_nets, with_new_macs
 
 MAX_CPUID_ENTRIES = 256
 _CPUID_FIELDS = ("function", "index", "flags", "eax", "ebx", "ecx", "edx")
@@ -37,7 +37,7 @@ class Description:
     @classmethod
     def new(cls, config: MachineConfig, cpuid: tuple[CpuidTable, ...]) -> Description:
         """Describe a machine that is made here and now; :meth:`completed` adds the rest."""
-        virtio = specs_for(config.disks, config.nets)
+        virtio = specs_for(config.disks, config.nets, config.console)
         return cls(config.name, str(uuid.uuid4()), config.memory_bytes, cpuid, 0, {}, virtio=virtio)
 
     def completed(self, devices: Mapping[str, int], tsc_khz: int, cpuid: tuple[CpuidTable, ...]) -> Description:
@@ -58,6 +58,10 @@ class Description:
     def with_nets(self, nets: Iterable[NetConfig]) -> Description:
         """With other taps, or addresses, for networks that the guest has. Raises :class:`ConfigError`."""
         return replace(self, virtio=with_nets(self.virtio, nets))
+
+    def with_console(self, console: str | None) -> Description:
+        """With the console of the guest, if it has one, before this back-end. Raises :class:`ConfigError`."""
+        return replace(self, virtio=with_console(self.virtio, console))
 
     def require_devices(self, mine: Mapping[str, int]) -> None:
         """Raise :class:`RestoreRefused` unless this host's machine has exactly these devices, at least as new."""

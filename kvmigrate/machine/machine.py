@@ -7,7 +7,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from ..config import ClockPolicy, DiskConfig, MachineConfig, NetConfig
+from ..config import ClockPolicy, DiskConfig, MachineConfig, NetConfig, require_own_terminal
 from ..contract import RunState
 from ..devices.end import CRASH, GuestEnd
 from ..devices.power import NEW_GENERATION, POWER_BUTTON
@@ -28,6 +28,7 @@ from .generation import write_generation
 from .platform import Platform
 from .rehearsal import rehearse
 from .runstate import RunStateBox
+from .sampling import Sampler
 from .sections import load_sections, save_sections
 from .virtio import slot_of
 
@@ -92,13 +93,15 @@ class Machine:
         serial: str = "null",
         disks: Iterable[DiskConfig] = (),
         nets: Iterable[NetConfig] = (),
+        console: str | None = None,
         log_mode: LogMode | None = None,
         clone: bool = False,
         clock: ClockPolicy = ClockPolicy.CONTINUE,
     ) -> Machine:
         """The empty machine that :meth:`describe` described elsewhere, in INMIGRATE: load its state, then resume.
 
-        ``name`` replaces the described one, each of ``disks`` and ``nets`` the image or tap of the part of its name; a
+        ``name`` replaces the described one, each of ``disks`` and ``nets`` the image or tap of the part of its name,
+        and ``console`` is the back-end of the guest's console, which leads nowhere without one, as ``serial`` does; a
         ``clone`` is another guest than the described one; ``clock`` is what its clocks will make of the time since the
         save. Raises :class:`BadField` for a description that cannot be, :class:`RestoreRefused` when this host lacks a
         CPU feature that the guest knows of, :class:`ConfigError` or :class:`HostError` for a part that cannot be had.
@@ -106,7 +109,8 @@ class Machine:
         description = Description.from_value(value)
         if clone:
             description = description.cloned()
-        description = description.with_disks(disks).with_nets(nets)
+        require_own_terminal(serial, console)
+        description = description.with_disks(disks).with_nets(nets).with_console(console)
         if name is not None:
             description = description.renamed(name)
         machine = cls(description, serial, RunState.INMIGRATE, log_mode)
@@ -202,6 +206,11 @@ class Machine:
     def save(self) -> list[Section]:
         """See :meth:`Migratable.save`."""
         return save_sections(self.platform)
+
+    def sample(self) -> tuple[list[Section], float]:
+        """See :meth:`Migratable.sample`."""
+        sampler = Sampler(self.platform, self._runstate)
+        return sampler.sample(), sampler.longest_ms
 
     def load(self, sections: Sequence[Section]) -> Fidelity:
         """See :meth:`Migratable.load`. Raises :class:`ConfigError` when another VM has one of the disks."""
