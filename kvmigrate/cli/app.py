@@ -72,7 +72,6 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and no
 Paused = Annotated[bool, typer.Option("--paused", help="Do not let the guest run until kvmigrate resume.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Also show what became of every item of state.")]
 Compress = Annotated[str, typer.Option(help="none, zstd or zstd:LEVEL (-7 to 19).")]
-LinkCompress = Annotated[str, typer.Option("--compress", "--compression", help="auto, none, zstd or zstd:LEVEL.")]
 Directory = Annotated[Path, typer.Argument(help="Directory of a snapshot.", metavar="DIR")]
 
 
@@ -136,7 +135,7 @@ def send(
     bandwidth: Annotated[str, typer.Option(help="Most bytes per second, such as 1GiB/s; 0: no cap.")] = "0",
     max_rounds: Annotated[int, typer.Option(help="Give up after so many rounds.")] = _DEFAULTS.max_rounds,
     timeout: Annotated[str, typer.Option(help="How long the other side may be silent.")] = "10s",
-    compress: LinkCompress = "none",
+    compress: Annotated[str, typer.Option(help="auto, none, zstd or zstd:LEVEL.")] = "none",
     delta_cache: Annotated[
         str, typer.Option(help="Room for pages as last sent, to send what changed; 0: none.")
     ] = "32M",
