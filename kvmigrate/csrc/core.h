@@ -19,6 +19,7 @@
 #include "api/uart.h"
 #include "api/memory.h"
 #include "api/dirty.h"
+#include "api/delta.h"
 #include "api/page.h"
 #include "api/stream.h"
 #include "api/file.h"
