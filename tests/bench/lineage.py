@@ -108,6 +108,7 @@ def measure_move(source: Vm, destination: Vm, uri: str, timeout_s: float) -> Sam
     """Start a migration that is set up, and time it. Raises Unfinished, QmpError or GuestDamaged."""
     source_kib = source.resident_guest_kib()
     source.reset_peak()
+    source.qmp.events.clear()  # also of its own arrival
     started = time.monotonic_ns()
     source.qmp.execute("migrate", uri=uri)
     try:

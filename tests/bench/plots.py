@@ -39,9 +39,7 @@ def rounds(group: Group) -> Chart | None:
     chosen = [(row, sample) for row in (*ours, *rivals[:ROUND_ROWS]) if (sample := typical(row)) and sample.passes]
     if not chosen:
         return None
-    lines = [
-        (row.name, [*_stairs(sample), (sample.figures[TOTAL], float(len(sample.passes)))]) for row, sample in chosen
-    ]
+    lines = [(row.name, _stairs(sample)) for row, sample in chosen]
     points = [point for _, line in lines for point in line]
     x = Axis.around("ms since the command", [x for x, _ in points])
     chart = Chart(f"Rounds: {group.title}", x, Axis.around("round (pass over memory)", [y for _, y in points]))
@@ -51,7 +49,12 @@ def rounds(group: Group) -> Chart | None:
 
 
 def _stairs(sample: Sample) -> list[Point]:
-    return [(began, float(number)) for number, began in enumerate(sample.passes, 1)]
+    """When each round began, until the end. Rounds that the program timed lie where their second one was announced."""
+    times = [one["time"] for one in sample.rounds]
+    begins = [sum(times[:at]) for at in range(len(times))] or sample.passes
+    shift = sample.passes[0] - begins[1] if len(times) > 1 and sample.passes else 0.0
+    points = [(began + shift, float(number)) for number, began in enumerate(begins, 1)]
+    return [*points, (sample.figures[TOTAL], points[-1][1])]
 
 
 def round_sizes(groups: Sequence[Group]) -> Chart | None:

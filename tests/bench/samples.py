@@ -28,7 +28,7 @@ class Sample:
         if self.rounds:
             value["rounds"] = self.rounds
         if self.passes:
-            value["passes"] = [round(one, 2) for one in self.passes]
+            value["pass times"] = [round(one, 2) for one in self.passes]
         return value
 
 

@@ -11,6 +11,7 @@ WIDTH, HEIGHT = 760, 400
 LEFT, RIGHT, TOP, BOTTOM = 70, 20, 40, 50
 LEGEND_LINE = 16
 COLOURS = ("#c0392b", "#2471a3", "#1e8449", "#b9770e", "#7d3c98", "#117a65", "#5d6d7e", "#a04000")
+DASHES = ("6 3", "2 3")
 STYLE = "font-family:sans-serif;font-size:12px;fill:#222"
 Point = tuple[float, float]
 
@@ -62,15 +63,19 @@ class Chart:
 
     def line(self, label: str, points: Sequence[Point], *, steps: bool = False, dots: bool = True) -> None:
         """Join ``points``; as stairs with ``steps``; with a mark on each with ``dots``."""
-        colour = COLOURS[len(self._legend) % len(COLOURS)]
-        self._legend.append((label, colour))
+        again, number = divmod(len(self._legend), len(COLOURS))
+        colour = COLOURS[number]
+        stroke = f'fill="none" stroke="{colour}"' + (
+            f' stroke-dasharray="{DASHES[again % len(DASHES)]}"' if again else ""
+        )
+        self._legend.append((label, stroke))
         at = [(self._x(x), self._y(y)) for x, y in points]
         if not at:
             return
         path = f"M{at[0][0]:.1f} {at[0][1]:.1f}"
         for x, y in at[1:]:
             path += f"H{x:.1f}V{y:.1f}" if steps else f"L{x:.1f} {y:.1f}"
-        self._parts.append(f'<path d="{path}" fill="none" stroke="{colour}" stroke-width="1.8"/>')
+        self._parts.append(f'<path d="{path}" {stroke} stroke-width="1.8"/>')
         if dots:
             self._parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.6" fill="{colour}"/>' for x, y in at]
 
@@ -105,9 +110,9 @@ class Chart:
 
     def _keys(self) -> list[str]:
         parts = []
-        for number, (label, colour) in enumerate(self._legend):
+        for number, (label, stroke) in enumerate(self._legend):
             y = HEIGHT + 8 + number * LEGEND_LINE
-            parts.append(f'<path d="M{LEFT} {y}h22" stroke="{colour}" stroke-width="3"/>')
+            parts.append(f'<path d="M{LEFT} {y}h22" {stroke} stroke-width="3"/>')
             parts.append(_text(LEFT + 30, y + 4, label, "start"))
         return parts
 
