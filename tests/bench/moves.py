@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from pathlib import Path
 
 from kvmigrate import guests
 
@@ -13,7 +12,6 @@ from .goals import Goal, Group
 from .lineage import Lineage, Variant
 from .link import Loopback
 from .ours import OurVariant
-from .qemu import QemuVariant
 from .samples import Series
 from .scratch import scratch
 from .vm import Guest
@@ -26,9 +24,19 @@ OURS = [OurVariant()]
 """kvmigrate's rows; a way to move that must be asked for is one more."""
 
 
-def filled(memory_mib: int, more: str = "") -> Guest:
+INCOMPRESSIBLE, TEXT, HALF_ZERO = range(3)
+"""Kinds of data that the guests know."""
+
+
+def filled(memory_mib: int, kind: int = INCOMPRESSIBLE) -> Guest:
     """A sleeping guest with data in nearly all of its memory, and one heartbeat per millisecond."""
-    return Guest(guests.path("idle"), memory_mib, f"fill={memory_mib - RESERVE_MIB} beat=1 {more}".strip())
+    return Guest(guests.path("idle"), memory_mib, f"fill={memory_mib - RESERVE_MIB} kind={kind} beat=1")
+
+
+def writing(hot_mib: int, speed: int) -> Guest:
+    """1 GiB of incompressible data, of which ``hot_mib`` are rewritten at ``speed`` MiB/s, 0 for full speed."""
+    fill = 1024 - RESERVE_MIB - hot_mib
+    return Guest(guests.path("writer"), 1024, f"fill={fill} hot={hot_mib} speed={speed} beat=1")
 
 
 def untouched(memory_mib: int) -> Guest:
@@ -62,53 +70,3 @@ def moves(
             run = partial(lineages[key].move, variant, timeout_s)
             rows.append(Series(str(variant), run, isinstance(variant, OurVariant), most_runs))
         yield Group(title, rows, list(figures), list(goals))
-
-
-@contextmanager
-def idle(_: Path) -> Iterator[Group]:
-    """1 GiB that does not shrink, in a guest that sleeps."""
-    variants: list[Variant] = [
-        QemuVariant(0, prealloc=False),
-        QemuVariant(4, prealloc=False),
-        QemuVariant(0),
-        QemuVariant(0, 1),
-        QemuVariant(2, 1),
-        QemuVariant(4),
-        QemuVariant(4, 1),
-        QemuVariant(4, memfd=True),
-        QemuVariant(4, zstd=True),
-        *OURS,
-    ]
-    goals = [
-        Goal("1 GiB incompressible idle: total", "total ms", 0.35),
-        Goal("peak memory beyond guest RAM, source", "source beyond guest MiB", 64, "max", None),
-        Goal("peak memory beyond guest RAM, destination", "destination beyond guest MiB", 64, "max", None),
-    ]
-    with moves("Idle guest with 1 GiB of incompressible data, loopback", filled(1024), variants, goals) as group:
-        yield group
-
-
-@contextmanager
-def blackout(_: Path) -> Iterator[Group]:
-    """The same guest, moved often enough for a distribution."""
-    variants: list[Variant] = [QemuVariant(4, 1), QemuVariant(0, 1), *OURS]
-    goals = [
-        Goal("idle: blackout p50", "blackout ms", 2, "p50", None),
-        Goal("idle: blackout p99", "blackout ms", 5, "p99", None),
-    ]
-    title = "Blackout of the idle guest with 1 GiB of incompressible data, loopback"
-    with moves(title, filled(1024), variants, goals, figures=["blackout ms"]) as group:
-        yield group
-
-
-@contextmanager
-def empty(_: Path) -> Iterator[Group]:
-    """4 GiB of which next to nothing was ever written."""
-    variants: list[Variant] = [
-        *(QemuVariant(channels, limit, prealloc=False) for channels in (0, 2, 4) for limit in (300, 1)),
-        *OURS,
-    ]
-    goals = [Goal("untouched 4 GiB: total", "total ms", 0.10)]
-    title = "Guest of 4 GiB that has touched almost nothing, loopback"
-    with moves(title, untouched(4096), variants, goals, once=True) as group:
-        yield group

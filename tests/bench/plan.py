@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from . import moves
+from . import links, loopback
 from .goals import Plan
 
 PLANS = [
-    Plan("idle", 5, moves.idle),
-    Plan("blackout", 30, moves.blackout),
-    Plan("empty", 5, moves.empty),
+    Plan("idle", 5, loopback.idle),
+    Plan("blackout", 30, loopback.blackout),
+    Plan("empty", 5, loopback.empty),
+    Plan("text", 3, loopback.text),
+    Plan("zeros", 3, loopback.zeros),
+    *loopback.hot_plans(),
+    Plan("slow-text", 1, links.slow_text),
+    Plan("gigabit", 2, links.gigabit),
+    Plan("gigabit-lossless", 1, links.gigabit_lossless),
+    Plan("gigabit-text", 2, links.gigabit_text),
+    *loopback.growth_plans(),
 ]
