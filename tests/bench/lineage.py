@@ -16,7 +16,8 @@ from typing import Protocol
 
 from .link import Loopback
 from .samples import Sample
-from .vm import Guest, Vm
+from .vm import KIB, Guest, Vm
+from .warm import warm
 
 READY_S = 60.0
 SETTLE_S = 0.2
@@ -60,6 +61,7 @@ class Lineage:
     def source(self, variant: Variant) -> Vm:
         """The process that has the guest; it runs, and has for a moment."""
         if self._vm is None:
+            warm(self._guest.data_mib)
             self._vm = variant.boot(self._place(), self._guest, self._link.prefix(self._side))
             self._vm.heartbeats.wait_first(READY_S)
         else:
@@ -77,6 +79,8 @@ class Lineage:
             uri = self._link.uri(other)
             destination = variant.receive(self._place(), self._guest, self._link.prefix(other), uri)
             variant.prepare(source)
+            if destination.resident_guest_kib() < KIB * KIB // 16:
+                warm(self._guest.data_mib)
             sample = measure_move(source, destination, uri, timeout_s).joined(variant.details(source))
             source.close()
             self._vm, self._side, done = destination, other, True

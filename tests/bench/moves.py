@@ -30,13 +30,13 @@ INCOMPRESSIBLE, TEXT, HALF_ZERO = range(3)
 
 def filled(memory_mib: int, kind: int = INCOMPRESSIBLE) -> Guest:
     """A sleeping guest with data in nearly all of its memory, and one heartbeat per millisecond."""
-    return Guest(guests.path("idle"), memory_mib, f"fill={memory_mib - RESERVE_MIB} kind={kind} beat=1")
+    return Guest(guests.path("idle"), memory_mib, f"fill={memory_mib - RESERVE_MIB} kind={kind} beat=1", memory_mib)
 
 
 def writing(hot_mib: int, speed: int) -> Guest:
     """1 GiB of incompressible data, of which ``hot_mib`` are rewritten at ``speed`` MiB/s, 0 for full speed."""
     fill = 1024 - RESERVE_MIB - hot_mib
-    return Guest(guests.path("writer"), 1024, f"fill={fill} hot={hot_mib} speed={speed} beat=1")
+    return Guest(guests.path("writer"), 1024, f"fill={fill} hot={hot_mib} speed={speed} beat=1", 1024)
 
 
 def untouched(memory_mib: int) -> Guest:

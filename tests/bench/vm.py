@@ -24,6 +24,8 @@ class Guest:
     image: Path
     memory_mib: int
     cmdline: str = ""
+    data_mib: int = 0
+    """How much of its memory it has written."""
 
 
 class Vm:
