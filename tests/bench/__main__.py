@@ -14,6 +14,7 @@ from .plan import PLANS
 from .report import section
 from .samples import interleave
 from .scratch import TMPFS, scratch
+from .sizes import make_small
 
 DOCS = Path("docs/benchmarks")
 PARTIAL = Path("build/bench")
@@ -26,11 +27,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--runs", type=int, help="runs of every row (default: by group)")
     parser.add_argument("--only", default="", metavar="GROUPS", help=f"some groups, with commas: {names}")
     parser.add_argument("--out", type=Path, help=f"where to write (default {DOCS}, with --only {PARTIAL})")
+    parser.add_argument("--small", action="store_true", help="small guests, to try the bench itself")
     asked = parser.parse_args()
     asked.only = list(filter(None, asked.only.split(",")))
     if unknown := set(asked.only) - {plan.name for plan in PLANS}:
         parser.error(f"there is no group {', '.join(sorted(unknown))}: take some of {names}")
-    asked.out = asked.out or (PARTIAL if asked.only else DOCS)
+    asked.out = asked.out or (PARTIAL if asked.only or asked.small else DOCS)
     return asked
 
 
@@ -54,6 +56,8 @@ def main() -> int:
     # So that what runs is ended and the files are removed.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     sys.setswitchinterval(1e-4)  # the threads that listen to heartbeats must not wait for each other
+    if asked.small:
+        make_small()
     output = Output(asked.out)
     groups = []
     with scratch(TMPFS) as files:

@@ -22,7 +22,9 @@ class Goal:
     at_most: float
     statistic: str = "p50"
     against: str | None = BEST
-    """None: the limit is a value. BEST: of all rows that are not kvmigrate's. Else: of those whose name has it."""
+    """None: the limit is a value. BEST: of all of QEMU's rows. Else: of the rivals whose name has it."""
+    ours: str = ""
+    """Part of the names of kvmigrate's rows that the goal is about."""
 
 
 @dataclass(frozen=True)
@@ -57,18 +59,20 @@ class Group:
     note: str = ""
     name: str = ""
 
-    def best(self, figure: str, statistic: str = "p50", *, among: str | None = None) -> Series | None:
-        """The row with the least value: kvmigrate's with ``among=None``, else a rival's whose name has ``among``."""
-        rows = [
-            row for row in self.rows if row.ours == (among is None) and (among in (None, BEST) or among in row.name)
-        ]
+    def best(self, figure: str, statistic: str = "p50", *, rivals: str | None = BEST, ours: str = "") -> Series | None:
+        """The row with the least value: of QEMU's, or of the rivals with that in their name; None: of kvmigrate's."""
+        if rivals is None:
+            rows = [row for row in self.rows if row.ours and ours in row.name]
+        else:
+            wanted = "QEMU" if rivals == BEST else rivals
+            rows = [row for row in self.rows if not row.ours and wanted in row.name]
         return min(rows, key=lambda row: row.statistic(figure, statistic), default=None)
 
     def verdicts(self) -> Iterator[Verdict]:
         """Each goal with what was measured for it."""
         for goal in self.goals:
-            ours = self.best(goal.figure, goal.statistic)
-            rival = self.best(goal.figure, goal.statistic, among=goal.against) if goal.against else None
+            ours = self.best(goal.figure, goal.statistic, rivals=None, ours=goal.ours)
+            rival = self.best(goal.figure, goal.statistic, rivals=goal.against) if goal.against else None
             if ours is None or (rival is None and goal.against):
                 continue
             value = ours.statistic(goal.figure, goal.statistic)

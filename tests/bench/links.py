@@ -9,9 +9,10 @@ from pathlib import Path
 from .goals import Goal, Group
 from .lineage import Variant
 from .link import shaped
-from .moves import OURS, TEXT, filled, moves
+from .moves import OURS, moves
 from .ours import OurVariant
 from .qemu import QemuVariant
+from .sizes import INCOMPRESSIBLE, TEXT, filled
 
 PATIENCE_S = 300.0
 OUR_ZSTD = OurVariant("zstd", {"x_kvmigrate_compression": "zstd"})
@@ -34,13 +35,13 @@ def slow_text(_: Path) -> Iterator[Group]:
 @contextmanager
 def gigabit(_: Path) -> Iterator[Group]:
     """1 GiB that does not shrink over 1 Gbit/s with a queue as short as a switch has."""
-    yield from _over(1000, SHORT_MS, [QemuVariant(0), QemuVariant(4), *OURS], 0)
+    yield from _over(1000, SHORT_MS, [QemuVariant(0), QemuVariant(4), *OURS], INCOMPRESSIBLE)
 
 
 @contextmanager
 def gigabit_lossless(_: Path) -> Iterator[Group]:
     """The same with a queue so long that nothing is lost."""
-    yield from _over(1000, LOSSLESS_MS, [QemuVariant(0), QemuVariant(4), *OURS], 0)
+    yield from _over(1000, LOSSLESS_MS, [QemuVariant(0), QemuVariant(4), *OURS], INCOMPRESSIBLE)
 
 
 @contextmanager

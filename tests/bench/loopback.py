@@ -9,8 +9,9 @@ from pathlib import Path
 
 from .goals import Goal, Group, Plan
 from .lineage import Variant
-from .moves import HALF_ZERO, OURS, RESERVE_MIB, TEXT, filled, moves, untouched, writing
+from .moves import OURS, moves
 from .qemu import QemuVariant
+from .sizes import HALF_ZERO, RESERVE_MIB, TEXT, filled, untouched, writing
 
 HOT_SETS_MIB = (16, 64, 256)
 SPEEDS_MIB_S = (100, 500, 1000)

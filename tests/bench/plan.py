@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from . import links, loopback
+from . import links, loopback, saves, slots, steps
 from .goals import Plan
 
 PLANS = [
+    Plan("steps", 5, steps.steps),
+    Plan("slots", 3, slots.slots),
     Plan("idle", 5, loopback.idle),
     Plan("blackout", 30, loopback.blackout),
     Plan("empty", 5, loopback.empty),
@@ -17,4 +19,8 @@ PLANS = [
     Plan("gigabit-lossless", 1, links.gigabit_lossless),
     Plan("gigabit-text", 2, links.gigabit_text),
     *loopback.growth_plans(),
+    Plan("save", 3, saves.save),
+    Plan("restore", 5, saves.restore),
+    Plan("restore-sparse", 5, saves.restore_sparse),
+    Plan("restore-embedded", 30, saves.restore_embedded),
 ]

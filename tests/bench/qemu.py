@@ -48,17 +48,18 @@ class QemuVariant:
 
     def boot(self, directory: Path, guest: Guest, prefix: Sequence[str]) -> Vm:
         """A process that boots the guest."""
-        return Qemu(directory, guest, memory=self._memory(guest, prealloc=False), prefix=prefix)
+        return Qemu(directory, guest, memory=self.memory(guest, prealloc=False), prefix=prefix)
 
     def receive(self, directory: Path, guest: Guest, prefix: Sequence[str], uri: str) -> Vm:
         """A process that waits for a guest."""
-        memory = self._memory(guest, prealloc=self.prealloc)
+        memory = self.memory(guest, prealloc=self.prealloc)
         destination = Qemu(directory, guest, memory=memory, incoming="defer", prefix=prefix)
         self.prepare(destination)
         destination.qmp.execute("migrate-incoming", uri=uri)
         return destination
 
-    def _memory(self, guest: Guest, *, prealloc: bool) -> str:
+    def memory(self, guest: Guest, *, prealloc: bool) -> str:
+        """QEMU's words for guest RAM of this kind."""
         kind = "memory-backend-memfd,share=on" if self.memfd else "memory-backend-ram"
         return f"{kind},id=ram,size={guest.memory_mib}M,prealloc={'on' if prealloc else 'off'}"
 

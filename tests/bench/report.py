@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-from .goals import BEST, Group, Verdict
+from .goals import Group, Verdict
 from .samples import Series
 
 
@@ -30,7 +30,7 @@ def _spread(row: Series, figure: str) -> str:
 
 
 def _ratio(group: Group, row: Series) -> str:
-    rival = group.best(group.figures[0], among=BEST)
+    rival = group.best(group.figures[0])
     if rival is None or not rival.samples:
         return ""
     mark = " (best)" if row is rival else ""
@@ -58,7 +58,7 @@ def table(group: Group) -> str:
     common, special = _figures(group)
     others = [name for name in common if name not in group.figures]
     special = [name for name in special if name not in group.figures]
-    compared = len({row.ours for row in group.rows}) > 1
+    compared = group.best(group.figures[0]) is not None
     headings = ["", "runs", *(f"{name}: p50 / p90 / max" for name in group.figures)]
     headings += [f"{group.figures[0]}: ratio"] if compared else []
     lines = []
