@@ -27,6 +27,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--runs", type=int, help="runs of every row (default: by group)")
     parser.add_argument("--only", default="", metavar="GROUPS", help=f"some groups, with commas: {names}")
     parser.add_argument("--out", type=Path, help=f"where to write (default {DOCS}, with --only {PARTIAL})")
+    parser.add_argument("--minutes", type=float, default=17, help="after that every row has one run only (default 17)")
     parser.add_argument("--small", action="store_true", help="small guests, to try the bench itself")
     asked = parser.parse_args()
     asked.only = list(filter(None, asked.only.split(",")))
@@ -36,13 +37,13 @@ def arguments() -> argparse.Namespace:
     return asked
 
 
-def measure(plan: Plan, runs: int, files: Path) -> Group:
+def measure(plan: Plan, runs: int, files: Path, until: float) -> Group:
     """Run one group. One that cannot be opened on this machine is a group without rows that says so."""
     began = time.monotonic()
     try:
         with plan.open(files) as group:
             print(f"\n{plan.name}: {group.title}", file=sys.stderr)
-            interleave(group.rows, runs, lambda text: print(f"  {text}", file=sys.stderr, flush=True))
+            interleave(group.rows, runs, until, lambda text: print(f"  {text}", file=sys.stderr, flush=True))
     except OSError as error:
         group = Group(f"{plan.name}: not measured here", [], [], note=f"{type(error).__name__}: {error}")
     group.name = plan.name
@@ -58,13 +59,14 @@ def main() -> int:
     sys.setswitchinterval(1e-4)  # the threads that listen to heartbeats must not wait for each other
     if asked.small:
         make_small()
+    until = time.monotonic() + asked.minutes * 60
     output = Output(asked.out)
     groups = []
     with scratch(TMPFS) as files:
         for plan in PLANS:
             if not asked.only or plan.name in asked.only:
                 runs = asked.runs or plan.runs
-                groups.append(measure(plan, runs, files))
+                groups.append(measure(plan, runs, files, until))
                 print(section(groups[-1], runs), flush=True)
                 output.write(groups, runs={one.name: asked.runs or one.runs for one in PLANS})
     return int(any(row.failures for group in groups for row in group.rows if row.ours))

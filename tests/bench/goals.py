@@ -58,6 +58,8 @@ class Group:
     goals: list[Goal] = field(default_factory=list)
     note: str = ""
     name: str = ""
+    texts: dict[str, str] = field(default_factory=dict)
+    """Files that are kept beside the tables, by name."""
 
     def best(self, figure: str, statistic: str = "p50", *, rivals: str | None = BEST, ours: str = "") -> Series | None:
         """The row with the least value: of QEMU's, or of the rivals with that in their name; None: of kvmigrate's."""

@@ -37,6 +37,8 @@ class Output:
         values = {group.name: {row.name: row.to_value() for row in group.rows} for group in groups}
         head = {"date": self._began, "machine": self._facts}
         (self._directory / "bench.json").write_text(json.dumps(head | {"groups": values}, separators=(",", ":")) + "\n")
+        for name, text in (item for group in groups for item in group.texts.items()):
+            (self._directory / name).write_text(text)
         drawn = []
         for name, chart in plots(groups):
             (self._directory / name).write_text(chart.to_text())

@@ -79,6 +79,9 @@ def section(group: Group, runs: int) -> str:
     failures = [f"- {row.name}: {failure}" for row in group.rows for failure in dict.fromkeys(row.failures)]
     texts += ["Failed runs count as endless:\n\n" + "\n".join(failures)] if failures else []
     texts += [group.note] if group.note else []
+    texts += (
+        [f"Kept beside this page: {', '.join(f'[{name}]({name})' for name in group.texts)}."] if group.texts else []
+    )
     texts += [_sentence(verdict) for verdict in group.verdicts()]
     texts += [f"`make bench BENCH_ARGS='--only {group.name} --runs {runs}'`"]
     return "\n\n".join(texts) + "\n"

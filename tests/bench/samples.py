@@ -66,10 +66,16 @@ class Series:
         return {"samples": [sample.to_value() for sample in self.samples], "failures": self.failures}
 
 
-def interleave(series: Iterable[Series], runs: int, say: Callable[[str], None]) -> None:
-    """Run all of them ``runs`` times in turn (A B C, A B C, …), so that what changes over time hits each alike."""
+def interleave(series: Iterable[Series], runs: int, until: float, say: Callable[[str], None]) -> None:
+    """Run all of them ``runs`` times in turn (A B C, A B C, …), so that what changes over time hits each alike.
+
+    Past ``until`` on the monotonic clock no second turn begins.
+    """
     rows = list(series)
     for number in range(runs):
+        if number and time.monotonic() > until:
+            say(f"the time is over after {number} of {runs} turns")
+            return
         for row in rows:
             if row.most_runs is not None and number >= row.most_runs:
                 continue

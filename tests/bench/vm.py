@@ -59,7 +59,7 @@ class Vm:
         """How much of guest RAM is resident: the sum of the mappings that are too large to be anything else."""
         at_least = min(self.guest.memory_mib * KIB // 2, 2 * KIB * KIB)
         total = size = 0
-        for line in Path(f"/proc/{self._pid}/smaps").read_text().splitlines():
+        for line in Path(f"/proc/{self.pid}/smaps").read_text().splitlines():
             if match := re.match(r"(Size|Rss): +(\d+) kB", line):
                 if match[1] == "Size":
                     size = int(match[2])
@@ -69,12 +69,12 @@ class Vm:
 
     def reset_peak(self) -> None:
         """Forget how large the process has been."""
-        Path(f"/proc/{self._pid}/clear_refs").write_text(RESET_PEAK)
+        Path(f"/proc/{self.pid}/clear_refs").write_text(RESET_PEAK)
 
     def peak_beyond_guest_mib(self, guest_kib: int) -> float:
         """The largest resident size since :meth:`reset_peak`, less ``guest_kib``; 0 of a process that is gone."""
         try:
-            status = Path(f"/proc/{self._pid}/status").read_text()
+            status = Path(f"/proc/{self.pid}/status").read_text()
         except OSError:
             return 0.0
         match = re.search(r"VmHWM:\s+(\d+) kB", status)
@@ -91,7 +91,8 @@ class Vm:
         self.qmp.execute("stop")
 
     @property
-    def _pid(self) -> int:
+    def pid(self) -> int:
+        """The process, which was started."""
         assert self._process is not None
         return self._process.pid
 
