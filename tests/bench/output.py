@@ -15,7 +15,7 @@ from .report import goals_table, section
 INTRODUCTION = """# Benchmarks
 
 kvmigrate beside QEMU on one machine, the runs of all rows of a table in turn (A B C, A B C, …). Made by `make bench`;
-`bench.json` beside this page has each sample. docs/performance.md says how it is measured and what the figures mean.
+`bench.json` beside this page has each sample. [Performance](../performance.md) says how it is measured.
 
 Where a table has more than a goal asks for, the goal is held against the *best* row of QEMU for that very figure.
 """
