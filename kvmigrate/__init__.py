@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import errors
-    from .api import Received, Restored, receive, restore, send, take_snapshot
+    from .api import Received, Restored, check, receive, restore, send, take_snapshot
     from .config import (
         BootConfig,
         Compression,
@@ -41,6 +41,7 @@ _HOME = {
     "Received": "api",
     "Restored": "api",
     "SnapshotParameters": "config",
+    "check": "api",
     "receive": "api",
     "restore": "api",
     "send": "api",
@@ -58,6 +59,7 @@ __all__ = [
     "Received",
     "Restored",
     "SnapshotParameters",
+    "check",
     "errors",
     "receive",
     "restore",

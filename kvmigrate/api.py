@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Self
 
@@ -14,7 +15,10 @@ from .config import Address, ClockPolicy, DiskConfig, MigrationParameters, NetCo
 from .control.runtime import open_runtime_dir
 from .machine.machine import Machine
 from .machine.rehearsal import rehearse
+from .machine.trial import TrialMachine
 from .migration.address import Listener
+from .migration.checker import Checker
+from .migration.checks import CheckResult
 from .migration.destination import Destination
 from .migration.source import Source
 from .migration.status import MigrationResult
@@ -43,6 +47,14 @@ def send(
         machine, Address.parse(address), parameters or MigrationParameters(), directory, ask_for_ms=ask_for_ms
     )
     return source.run()
+
+
+def check(machine: Machine, address: str, *, timeout_ms: float = 10_000.0) -> CheckResult:
+    """Have who receives at ``address`` try the state of ``machine`` on one that it throws away; the guest runs on here.
+
+    ``checked`` of the result says whether it ``fits``, and which items would be lost. Raises :class:`KvmigrateError`
+    when there is no answer."""
+    return Checker(machine, Address.parse(address), timeout_ms).run()
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,11 +87,14 @@ def receive(
     serial: str = "null",
     disks: Sequence[DiskConfig] = (),
     nets: Sequence[NetConfig] = (),
+    console: str | None = None,
     journal_dir: Path | None = None,
     paused: bool = False,
+    reboot: bool = True,
 ) -> Received:
-    """Wait at ``address`` for one guest and take it over; ``name`` and ``serial`` are its own here, and so are
-    the images and taps of those of its ``disks`` and ``nets`` that are given.
+    """Wait at ``address`` for one guest and take it over; ``name``, ``serial`` and ``console`` are its own here, and
+    so are the images and taps of those of its ``disks`` and ``nets`` that are given, and ``reboot`` as in
+    :class:`MachineConfig`.
 
     Raises the reason when the guest did not arrive: then it still is at its source and nothing of it is here.
     """
@@ -87,12 +102,16 @@ def receive(
     rehearse()
 
     def build(description: Mapping[str, Value]) -> Machine:
-        built.append(Machine.build(description, name=name, serial=serial, disks=disks, nets=nets))
+        machine = Machine.build(
+            description, name=name, serial=serial, disks=disks, nets=nets, console=console, reboot=reboot
+        )
+        built.append(machine)
         return built[0]
 
     destination = Destination(
         Listener(Address.parse(address)),
         build,
+        partial(TrialMachine.examine, disks=disks, nets=nets, console=console),
         journal_dir or open_runtime_dir(),
         name or "received",
         autostart=not paused,
@@ -122,8 +141,10 @@ def restore(
     serial: str = "null",
     disks: Sequence[DiskConfig] = (),
     nets: Sequence[NetConfig] = (),
+    console: str | None = None,
     clone: bool = False,
     clock: ClockPolicy = ClockPolicy.CONTINUE,
+    reboot: bool = True,
 ) -> Restored:
     """Make the machine that ``directory`` holds; call :meth:`Machine.start` and :meth:`Machine.resume` to let it run.
 
@@ -134,7 +155,17 @@ def restore(
     built: list[Machine] = []
 
     def build(description: Mapping[str, Value]) -> Machine:
-        machine = Machine.build(description, name=name, serial=serial, disks=disks, nets=nets, clone=clone, clock=clock)
+        machine = Machine.build(
+            description,
+            name=name,
+            serial=serial,
+            disks=disks,
+            nets=nets,
+            console=console,
+            clone=clone,
+            clock=clock,
+            reboot=reboot,
+        )
         built.append(machine)
         return built[0]
 

@@ -104,9 +104,13 @@ class Compression:
         return "none" if self.level is None else f"zstd:{self.level}"
 
 
+BOOT_METHODS = ("auto", "flat", "multiboot", "pvh", "linux")
+MAX_CMDLINE_BYTES = 16 << 10
+
+
 @dataclass(frozen=True, slots=True)
 class BootConfig:
-    """What the guest starts with. ``method`` is auto, flat, multiboot, pvh or linux; ``load_addr`` is for flat."""
+    """What the guest starts with. ``method`` is one of :data:`BOOT_METHODS`; ``load_addr`` is for flat."""
 
     image: Path
     method: str = "auto"
@@ -118,7 +122,7 @@ class BootConfig:
 def parse_boot(text: str) -> tuple[str, int]:
     """The value of ``--boot``: ``auto``, ``multiboot``, ``pvh``, ``linux``, ``flat`` or ``flat@ADDR``."""
     method, _, addr = text.partition("@")
-    if method not in ("auto", "flat", "multiboot", "pvh", "linux") or (addr and method != "flat"):
+    if method not in BOOT_METHODS or (addr and method != "flat"):
         raise ConfigError(f"{text!r} is not a boot method: take auto, flat@ADDR, multiboot, pvh or linux")
     try:
         return method, int(addr, 0) if addr else 0x7C00
@@ -199,9 +203,16 @@ class DiskConfig:
         return cls(name, Path(bare), bare != path)
 
 
+def require_own_terminal(serial: str, console: str | None) -> None:
+    """Raise :class:`ConfigError` when both would read the same keys."""
+    if serial == console == "stdio":
+        raise ConfigError("--serial and --console cannot both be stdio: add --serial null, or give one another place")
+
+
 @dataclass(frozen=True, slots=True)
 class MachineConfig:
-    """A machine: its name, its size and where its serial port goes. Raises :class:`ConfigError` when built wrong."""
+    """A machine: its name, its size, where its serial port goes, and its console if it is to have one. Raises
+    :class:`ConfigError` when built wrong."""
 
     name: str
     memory_bytes: int = 1 << 30
@@ -210,10 +221,14 @@ class MachineConfig:
     boot: BootConfig | None = None
     disks: tuple[DiskConfig, ...] = ()
     nets: tuple[NetConfig, ...] = ()
+    console: str | None = None
     cpu: str = "host"
     """``host``, ``baseline`` or the path of a file: see :func:`kvmigrate.kvm.cpu_files.choose_cpu`."""
+    reboot: bool = True
+    """Whether a guest that asks for a reset starts anew; else it ends with exit status 10."""
 
     def __post_init__(self) -> None:
+        require_own_terminal(self.serial, self.console)
         for kind, parts in (("disks", self.disks), ("networks", self.nets)):
             names = [part.name for part in parts]
             if len(set(names)) != len(names):

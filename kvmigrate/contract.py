@@ -70,6 +70,12 @@ class Migratable(Protocol):
         """The state of every part but RAM. The machine must be paused; saving may write guest memory."""
         ...
 
+    def sample(self) -> tuple[Sequence[Section], float]:
+        """The sections of :meth:`save` from a guest that goes on, for :class:`Trial`, and for how many milliseconds it
+        was held up in the longest of the pauses which that takes. Not all values are of the same moment. The guest may
+        end meanwhile, as ever."""
+        ...
+
     def load(self, sections: Sequence[Section]) -> Fidelity:
         """Set the state of every part, read all of it back and compare. Never runs a vCPU.
 
@@ -80,6 +86,29 @@ class Migratable(Protocol):
 
     def close(self) -> None:
         """Give everything back to the kernel. Idempotent."""
+        ...
+
+
+class Trial(Protocol):
+    """A machine that is thrown away, which never runs and takes nothing that another may need: shows what would become
+    of a guest here."""
+
+    def load(self, sections: Sequence[Section], resident_bytes: int) -> Fidelity:
+        """Set the state and read it back, and see whether there is room for so many bytes of memory. Whatever this host
+        lacks is refused in the result. Raises :class:`StreamError` for sections that no machine saves."""
+        ...
+
+    def close(self) -> None:
+        """Give everything back to the kernel. Idempotent."""
+        ...
+
+
+class Examiner(Protocol):
+    """Makes trials."""
+
+    def __call__(self, description: Mapping[str, Value], *, parts: bool) -> Trial:
+        """A trial of the machine that :meth:`Migratable.describe` described; with ``parts`` also whether what a builder
+        would open for it on this host is there. Raises :class:`StreamError` for what describes no machine."""
         ...
 
 

@@ -135,13 +135,14 @@ class CommitUnknown(MigrationError):
 class RestoreRefused(KvmigrateError):
     """An item of state cannot be restored on this host.
 
-    ``item`` is its name, ``wanted`` what was saved, ``got`` what the host made of it.
+    ``item`` is its name, ``wanted`` what was saved, ``got`` what the host made of it, ``why`` a hint or nothing.
     """
 
     def __init__(self, item: str, wanted: object, got: object, why: str = "") -> None:
         self.item = item
         self.wanted = wanted
         self.got = got
+        self.why = why
         super().__init__(f"{item}: saved {wanted}, this host has {got}" + (f" ({why})" if why else ""))
 
 

@@ -51,6 +51,7 @@ class FakeMachine:
         self.faults = Faults()
         self.nr_resumes = 0
         self.nr_pauses = 0
+        self.nr_samples = 0
         self.ran: list[tuple[float, float]] = []
         self.state: dict[str, dict[str, Value]] = {"cpu0": {"rip": 0x7C00, "rsp": 0}, "serial0": {"lcr": 3}}
         self.closed = False
@@ -129,6 +130,11 @@ class FakeMachine:
             self.memory.write(PAGE_BYTES, b"completed while saving")
         return [Section(name, 1, dict(body)) for name, body in sorted(self.state.items())]
 
+    def sample(self) -> tuple[Sequence[Section], float]:
+        self.faults.hit("sample")
+        self.nr_samples += 1
+        return [Section(name, 1, dict(body)) for name, body in sorted(self.state.items())], 0.5
+
     def load(self, sections: Sequence[Section]) -> Fidelity:
         self.faults.hit("load")
         found = by_name(sections)
@@ -171,6 +177,31 @@ class FakeMachine:
     def digest(self) -> tuple[list[bytes], dict[str, dict[str, Value]]]:
         """Every page's hash and the state, as they are now."""
         return self.memory.hash_all(), {name: dict(body) for name, body in self.state.items()}
+
+
+class FakeTrial:
+    """Implements :class:`kvmigrate.contract.Trial` by a :class:`FakeMachine` of its own."""
+
+    def __init__(self, description: Mapping[str, Value], *, parts: bool) -> None:
+        self.machine = FakeMachine.build(description)
+        self.parts = parts
+        self.closed = False
+        self.refuse: tuple[str, ...] = ()
+        """The items that a load reports as refused."""
+        self.error: Exception | None = None
+        """What a load raises."""
+
+    def load(self, sections: Sequence[Section], resident_bytes: int) -> Fidelity:
+        if self.error is not None:
+            raise self.error
+        fidelity = self.machine.load(sections)
+        for item in self.refuse:
+            fidelity.refused(item, 1, 2, "the host took the value and holds another")
+        return fidelity
+
+    def close(self) -> None:
+        self.machine.close()
+        self.closed = True
 
 
 class _Writer:

@@ -60,6 +60,14 @@ OtherNets = Annotated[
     list[str] | None,
     typer.Option("--net", metavar="NAME=tap:IF[,mac=MAC]", help="The tap of a network of the guest, if another here."),
 ]
+NoReboot = Annotated[bool, typer.Option("--no-reboot", help="Let a reset end the guest instead of booting it anew.")]
+_BACKENDS = "stdio, pty, null, file:PATH or unix:PATH"
+Console = Annotated[
+    str | None, typer.Option(metavar="BACKEND", help=f"A virtio console (hvc0), and where it leads: {_BACKENDS}.")
+]
+OtherConsole = Annotated[
+    str | None, typer.Option("--console", metavar="BACKEND", help="Where the guest's console leads here; else nowhere.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")]
 Paused = Annotated[bool, typer.Option("--paused", help="Do not let the guest run until kvmigrate resume.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Also show what became of every item of state.")]
@@ -86,16 +94,19 @@ def run(
     boot: Annotated[str, typer.Option(help="auto, flat@ADDR, multiboot, pvh or linux.")] = "auto",
     serial: Serial = "stdio",
     paused: Paused = False,
+    no_reboot: NoReboot = False,
     disk: Disks = None,
     net: Nets = None,
+    console: Console = None,
 ) -> int:
     """Run IMAGE as a guest. Stays in the foreground until the guest ends or has moved.
 
-    Exit status: 0 powered off, 2 error, 4 crashed, 6 moved away, 8 stopped, 10 asked for a reset, odd: debug-exit.
+    Exit status: 0 powered off, 2 error, 4 crashed, 6 moved away, 8 stopped, 10 reset and not booted, odd: debug-exit.
     """
     from . import machines
 
-    return machines.run(image, name, memory, cpus, cpu, initrd, append, boot, serial, paused, disk or [], net or [])
+    parts = disk or [], net or [], console
+    return machines.run(image, name, memory, cpus, cpu, initrd, append, boot, serial, paused, no_reboot, *parts)
 
 
 @app.command()
@@ -104,14 +115,16 @@ def receive(
     name: NewName = "",
     serial: Serial = "stdio",
     paused: Paused = False,
+    no_reboot: NoReboot = False,
     verbose: Verbose = False,
     disk: OtherDisks = None,
     net: OtherNets = None,
+    console: OtherConsole = None,
 ) -> int:
     """Wait at ADDRESS for one guest and take it over. Stays in the foreground, as run does."""
     from . import machines
 
-    return machines.receive(address, name, serial, paused, verbose, disk or [], net or [])
+    return machines.receive(address, name, serial, paused, no_reboot, verbose, disk or [], net or [], console)
 
 
 @app.command()
@@ -132,6 +145,23 @@ def send(
     return transfer.send(
         name, address, downtime_limit, bandwidth, max_rounds, timeout, compress, as_json=json, verbose=verbose
     )
+
+
+@app.command()
+def check(
+    name: Name,
+    address: Annotated[str, typer.Argument(help="tcp://HOST:PORT or unix:///PATH of receive.", metavar="ADDRESS")],
+    timeout: Annotated[str, typer.Option(help="How long the other side may be silent.")] = "10s",
+    json: Json = False,
+    verbose: Verbose = False,
+) -> int:
+    """Ask ADDRESS whether the guest NAME could go on there. It tries the real state; the guest runs on here.
+
+    Exit status: 0 it could, 1 something would be lost, which a table names, 2 error.
+    """
+    from . import transfer
+
+    return transfer.check(name, address, timeout, as_json=json, verbose=verbose)
 
 
 @app.command()
@@ -160,14 +190,17 @@ def restore(
         ClockPolicy, typer.Option(help="Go on from the saved time, or count the time since by the host's clock.")
     ] = ClockPolicy.CONTINUE,
     paused: Paused = False,
+    no_reboot: NoReboot = False,
     verbose: Verbose = False,
     disk: OtherDisks = None,
     net: OtherNets = None,
+    console: OtherConsole = None,
 ) -> int:
     """Run the guest that was saved in DIR. Stays in the foreground, as run does."""
     from . import machines
 
-    return machines.restore(directory, name, serial, clone, clock, paused, verbose, disk or [], net or [])
+    parts = disk or [], net or [], console
+    return machines.restore(directory, name, serial, clone, clock, paused, no_reboot, verbose, *parts)
 
 
 @app.command("list")
@@ -202,6 +235,22 @@ def resume(name: Name) -> int:
     return query.command(name, "cont", "running")
 
 
+@app.command("console")
+def console_(
+    name: Name,
+    escape: Annotated[
+        str, typer.Option(help="Key that detaches: Ctrl-A to Ctrl-_, or none.", metavar="KEY")
+    ] = "Ctrl-]",
+) -> int:
+    """Attach this terminal to the serial port of NAME. Input from a pipe goes through, and its end detaches.
+
+    Exit status: 0 detached, 6 the guest moved away, else that of the VM's process when the guest ended.
+    """
+    from . import console
+
+    return console.console(name, escape)
+
+
 @app.command()
 def cancel(name: Name) -> int:
     """Cancel the move or snapshot of NAME. The guest runs on."""
@@ -211,11 +260,31 @@ def cancel(name: Name) -> int:
 
 
 @app.command()
+def balloon(
+    name: Name,
+    size: Annotated[str, typer.Argument(help="How much memory to keep, such as 512M.", metavar="[SIZE]")] = "",
+    json: Json = False,
+) -> int:
+    """Ask the guest NAME to give memory up. Without SIZE, show how much it has and is to keep."""
+    from . import query
+
+    return query.balloon(name, size, as_json=json)
+
+
+@app.command()
 def powerdown(name: Name) -> int:
     """Press the power button of the guest NAME. Its own system then shuts it down, or not."""
     from . import query
 
     return query.command(name, "system_powerdown", "power button pressed")
+
+
+@app.command()
+def reset(name: Name) -> int:
+    """Reset the guest NAME. It boots anew from the same files; what it has not written to its disks is lost."""
+    from . import query
+
+    return query.command(name, "system_reset", "reset")
 
 
 @app.command()

@@ -6,7 +6,16 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..config import BootConfig, ClockPolicy, DiskConfig, MachineConfig, NetConfig, parse_boot, parse_size
+from ..config import (
+    BootConfig,
+    ClockPolicy,
+    DiskConfig,
+    MachineConfig,
+    NetConfig,
+    parse_boot,
+    parse_size,
+    require_own_terminal,
+)
 from . import report
 from .address import parse_address
 
@@ -27,8 +36,10 @@ def run(
     boot: str,
     serial: str,
     paused: bool,
+    no_reboot: bool,
     disks: Sequence[str],
     nets: Sequence[str],
+    console: str | None,
 ) -> int:
     """Boot ``image`` and stay with it. Returns the exit status."""
     method, load_addr = parse_boot(boot)
@@ -40,7 +51,9 @@ def run(
         boot=BootConfig(image, method, load_addr, initrd, append),
         disks=_disks(disks),
         nets=_nets(nets),
+        console=console,
         cpu=cpu,
+        reboot=not no_reboot,
     )
     from ..control import processes
 
@@ -56,15 +69,26 @@ def _nets(texts: Sequence[str]) -> tuple[NetConfig, ...]:
 
 
 def receive(
-    address: str, name: str, serial: str, paused: bool, verbose: bool, disks: Sequence[str], nets: Sequence[str]
+    address: str,
+    name: str,
+    serial: str,
+    paused: bool,
+    no_reboot: bool,
+    verbose: bool,
+    disks: Sequence[str],
+    nets: Sequence[str],
+    console: str | None,
 ) -> int:
     """Wait for a guest and stay with it. Returns the exit status."""
+    require_own_terminal(serial, console)
     listen_at = parse_address(address)
     from ..control import processes
 
     show = report.restored if verbose else None
-    given = _disks(disks), _nets(nets)
-    return processes.run_incoming(listen_at, name or default_name(), serial, *given, paused=paused, show=show)
+    given = _disks(disks), _nets(nets), console
+    return processes.run_incoming(
+        listen_at, name or default_name(), serial, *given, paused=paused, show=show, reboot=not no_reboot
+    )
 
 
 def restore(
@@ -74,14 +98,19 @@ def restore(
     clone: bool,
     clock: ClockPolicy,
     paused: bool,
+    no_reboot: bool,
     verbose: bool,
     disks: Sequence[str],
     nets: Sequence[str],
+    console: str | None,
 ) -> int:
     """Restore a snapshot and stay with the guest. Returns the exit status."""
+    require_own_terminal(serial, console)
     from ..control import processes
 
     show = report.restored if verbose else None
     own = name or default_name()
-    given = _disks(disks), _nets(nets)
-    return processes.run_restored(directory, own, serial, *given, paused=paused, show=show, clone=clone, clock=clock)
+    given = _disks(disks), _nets(nets), console
+    return processes.run_restored(
+        directory, own, serial, *given, paused=paused, show=show, clone=clone, clock=clock, reboot=not no_reboot
+    )

@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from ..config import parse_size
 from ..control import runtime
 from ..control.client import Client
 from ..errors import ControlError
@@ -66,6 +67,29 @@ def query(name: str, *, as_json: bool, verbose: bool) -> int:
     shown = {**facts, "memory-bytes": show.size(facts["memory-bytes"])}
     show.table("", ["", ""], [[key.replace("-bytes", ""), str(value)] for key, value in shown.items()])
     report.job(job, verbose=verbose)
+    return 0
+
+
+def balloon(name: str, size: str, *, as_json: bool) -> int:
+    """Ask the guest ``name`` to keep no more than ``size`` of memory, if any is given; print how far it is."""
+    with Client.of(name) as vm:
+        if size:
+            vm.execute("balloon", {"value": parse_size(size)})
+        told = vm.execute("query-balloon")
+        whole = vm.execute("query-memory-size-summary")["base-memory"]
+    facts = {
+        "name": name,
+        "target-bytes": told["x-kvmigrate-target"],
+        "actual-bytes": told["actual"],
+        "memory-bytes": whole,
+        "driver": told["x-kvmigrate-driver"],
+    }
+    if as_json:
+        show.print_json(facts)
+    else:
+        target, actual = show.size(facts["target-bytes"]), show.size(facts["actual-bytes"])
+        nobody = "" if facts["driver"] else "; it has no balloon driver, or that is not ready"
+        print(f"{name}: has {actual} of {show.size(whole)}, is to keep {target}{nobody}")
     return 0
 
 

@@ -25,6 +25,9 @@ def job(value: Mapping[str, Any], *, verbose: bool) -> None:
     if value["kind"] == "none":
         return
     result = value.get("result")
+    if result and value["kind"] == "check":
+        check(value, verbose=verbose)
+        return
     if not result:
         print(f"{value['kind']} to {value['target']}: {value['status']}")
         if "error" in value:
@@ -85,6 +88,19 @@ def fidelity(value: Mapping[str, Any], *, stderr: bool = False) -> None:
 def restored(found: Fidelity) -> None:
     """The same of a guest that was just restored here; on standard error, for the guest may have the output."""
     fidelity(found.to_value(), stderr=True)
+
+
+def check(value: Mapping[str, Any], *, verbose: bool) -> None:
+    """What a destination refused of a guest's state, or all items that are not exact, and one line that sums it up."""
+    result = value["result"]
+    shown = {**result, "items": [item for item in result["items"] if verbose or item[1] in ("refused", "dropped")]}
+    if shown["items"]:
+        fidelity(shown)
+        print()
+    refused, target = result["counts"]["refused"], value["target"]
+    word = "can go on" if result["fits"] else f"cannot go on: {refused} item{'s' * (refused != 1)} would be lost"
+    pause = show.duration(result["pause-time"])
+    print(f"at {target} this guest {word} (tried in {show.duration(result['total-time'])}, it was held up for {pause})")
 
 
 def summary(value: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""The verbs that start a long job in a running VM and watch it: send and snapshot."""
+"""The verbs that start a long job in a running VM and watch it: send, check and snapshot."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from .address import parse_address
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+LOSSES = 1
+"""The exit status of a check that found something that would be lost."""
 POLL_S = 0.22
 """How often progress is asked for: often enough for the eye, too seldom to disturb the VM's process."""
 ENDED = frozenset({"completed", "failed", "cancelled"})
@@ -62,6 +64,16 @@ def _parameters(parameters: MigrationParameters) -> dict[str, Any]:
         "x-kvmigrate-compression": str(parameters.compression),
         "x-kvmigrate-timeout": max(round(parameters.timeout_ms), 1),
     }
+
+
+def check(name: str, address: str, timeout: str, *, as_json: bool, verbose: bool) -> int:
+    """Have ``address`` try the state of ``name``. Returns the exit status: 1 when the guest could not go on there."""
+    target, timeout_ms = parse_address(address), max(round(parse_duration_ms(timeout)), 1)
+    with Client.of(name) as vm:
+        vm.execute("migrate-set-parameters", {"x-kvmigrate-timeout": timeout_ms})
+        job = _watch(vm, f"checking {name}", "x-kvmigrate-check", {"uri": str(target)})
+    _conclude(job, MigrationError, as_json=as_json, verbose=verbose)
+    return 0 if job["result"]["fits"] else LOSSES
 
 
 def snapshot(name: str, directory: Path, compress: str, *, paused: bool, as_json: bool) -> int:

@@ -42,10 +42,14 @@ class Vm(Protocol):
 
     async def pause(self) -> None: ...
     async def resume(self) -> None: ...
+    async def reset(self) -> None: ...
     async def digest(self) -> Mapping[str, Any]: ...
     def press_power_button(self) -> None: ...
+    def resize(self, keep_bytes: int) -> None: ...
+    def balloon_info(self) -> Mapping[str, Any]: ...
     def quit(self) -> None: ...
     def start_migration(self, address: Address) -> None: ...
+    def start_check(self, address: Address) -> None: ...
     def cancel_job(self) -> None: ...
     def start_snapshot(self, directory: Path, parameters: SnapshotParameters) -> None: ...
     def migration_info(self) -> Mapping[str, Any]: ...
@@ -89,6 +93,15 @@ async def _query_memory(vm: Vm, _: Arguments) -> object:
     return {"base-memory": vm.facts()["memory_bytes"]}
 
 
+async def _balloon(vm: Vm, arguments: Arguments) -> object:
+    vm.resize(arguments["value"])
+    return {}
+
+
+async def _query_balloon(vm: Vm, _: Arguments) -> object:
+    return vm.balloon_info()
+
+
 async def _stop(vm: Vm, _: Arguments) -> object:
     await vm.pause()
     return {}
@@ -109,14 +122,20 @@ async def _system_powerdown(vm: Vm, _: Arguments) -> object:
     return {}
 
 
-async def _system_reset(_vm: Vm, _: Arguments) -> object:
-    raise QmpError("kvmigrate cannot reset a guest: a reset ends the process with status 10, start it again")
+async def _system_reset(vm: Vm, _: Arguments) -> object:
+    await vm.reset()
+    return {}
 
 
 async def _migrate(vm: Vm, arguments: Arguments) -> object:
     if any(arguments.get(flag) for flag in ("blk", "inc", "resume")):
         raise QmpError("kvmigrate has neither disk migration nor a migration to resume: leave blk, inc and resume out")
     vm.start_migration(params.destination(arguments))
+    return {}
+
+
+async def _check(vm: Vm, arguments: Arguments) -> object:
+    vm.start_check(params.destination(arguments))
     return {}
 
 
@@ -206,12 +225,18 @@ _ROWS: tuple[Command[Vm], ...] = (
     Command("query-status", _query_status, "the run state"),
     Command("query-cpus-fast", _query_cpus_fast, "the vCPUs and their threads"),
     Command("query-memory-size-summary", _query_memory, "the size of guest RAM in bytes"),
+    Command("balloon", _balloon, "ask the guest to give memory up, or to take it again",
+            (Argument("value", Kind.INTEGER, "how many bytes the guest is to keep", required=True, low=1),),
+            _STOPPABLE, with_job=False),
+    Command("query-balloon", _query_balloon, "`actual`: how many bytes the guest has, as its driver says;"
+            " `x-kvmigrate-target`: how many it is to keep; `x-kvmigrate-driver`: whether there is a driver"),
     Command("stop", _stop, "pause the guest", states=_STOPPABLE, with_job=False),
     Command("cont", _cont, "let it run (again)", states=LIVE, with_job=False),
     Command("quit", _quit, "end the guest and the process; its exit status is 8"),
     Command("system_powerdown", _system_powerdown, "press the power button; the guest's system decides what it does",
             states=frozenset({RunState.RUNNING})),
-    Command("system_reset", _system_reset, "always refused, with the reason"),
+    Command("system_reset", _system_reset, "press the reset button: the guest boots anew, or ends with `--no-reboot`",
+            states=LIVE),
     Command("migrate", _migrate, "start a live migration", _MIGRATE, LIVE, with_job=False),
     Command("migrate_cancel", _migrate_cancel, "stop it; succeeds even when none is under way"),
     Command("query-migrate", _query_migrate, "its status and figures; with no fields before the first"),
@@ -220,8 +245,10 @@ _ROWS: tuple[Command[Vm], ...] = (
     Command("migrate-set-capabilities", _set_capabilities, "switch `events` on or off", (_CAPABILITIES,)),
     Command("query-migrate-capabilities", _query_capabilities, "all of QEMU 7.2's, and whether each is on"),
     Command("x-kvmigrate-snapshot", _snapshot, "start a snapshot", _SNAPSHOT, LIVE, with_job=False),
-    Command("x-kvmigrate-cancel", _cancel, "stop the migration or snapshot under way"),
-    Command("x-kvmigrate-job", _job, "the last migration or snapshot: status, progress, result or error"),
+    Command("x-kvmigrate-check", _check, "have a destination try the guest's state, which stays here", (_MIGRATE[0],),
+            LIVE, with_job=False),
+    Command("x-kvmigrate-cancel", _cancel, "stop the migration, snapshot or check under way"),
+    Command("x-kvmigrate-job", _job, "the last migration, snapshot or check: status, progress, result or error"),
     Command(
         "x-kvmigrate-resolve",
         _resolve,

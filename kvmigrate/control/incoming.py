@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..contract import Builder
+from ..contract import Builder, Examiner
 from ..errors import KvmigrateError
 from ..migration.address import Listener
 from ..migration.destination import Arrived, Destination
@@ -20,12 +20,22 @@ class IncomingJob(Job):
     kind = "incoming migration"
 
     def __init__(
-        self, listener: Listener, builder: Builder, journal_dir: Path, name: str, emit: Emit, *, paused: bool
+        self,
+        listener: Listener,
+        builder: Builder,
+        examiner: Examiner,
+        journal_dir: Path,
+        name: str,
+        emit: Emit,
+        *,
+        paused: bool,
     ) -> None:
         super().__init__(str(listener.address))
         self.arrived: Arrived | None = None
         self._events = MigrationEvents(emit)
-        self._destination = Destination(listener, builder, journal_dir, name, self._events, autostart=not paused)
+        self._destination = Destination(
+            listener, builder, examiner, journal_dir, name, self._events, autostart=not paused
+        )
 
     def work(self) -> None:
         self.arrived = self._destination.run()

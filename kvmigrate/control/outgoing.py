@@ -1,4 +1,4 @@
-"""A migration out of this process, as a job."""
+"""A migration out of this process, or a check whether there could be one, as a job."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from typing import Any
 from ..config import Address, MigrationParameters
 from ..contract import Migratable
 from ..errors import KvmigrateError
+from ..migration.checker import Checker
+from ..migration.checks import CheckResult
 from ..migration.source import Source
 from ..migration.status import MigrationResult, Status
 from ..precopy.ledger import RoundRecord
 from ..precopy.progress import ProgressView
 from ..state.section import Value
-from .job import Emit, Job
+from .job import ACTIVE, Emit, Job, describe
 
 ENDS = frozenset({Status.COMPLETED, Status.FAILED, Status.CANCELLED})
 
@@ -97,3 +99,31 @@ class MigrationJob(Job):
     def result(self) -> Mapping[str, Any]:
         value: Mapping[str, Any] = self._query().to_value()
         return value
+
+
+class CheckJob(Job):
+    """Has ``address`` try the state of ``machine``, which runs on."""
+
+    kind = "check"
+
+    def __init__(self, machine: Migratable, address: Address, timeout_ms: float, emit: Emit) -> None:
+        super().__init__(str(address))
+        self._emit = emit
+        self._checker = Checker(machine, address, timeout_ms)
+        self._result: CheckResult | None = None
+
+    def work(self) -> None:
+        self._emit("X_KVMIGRATE_CHECK", {"status": ACTIVE})
+        self._result = self._checker.run()
+
+    def tell_end(self) -> None:
+        """See :meth:`Job.tell_end`."""
+        why = {} if self.error is None else {"error-desc": describe(self.error)}
+        self._emit("X_KVMIGRATE_CHECK", {"status": self.status, **why})
+
+    def cancel(self, reason: KvmigrateError | None = None) -> None:
+        """See :meth:`Job.cancel`."""
+        self._checker.cancel(reason)
+
+    def result(self) -> Mapping[str, Any] | None:
+        return self._result.to_value() if self._result is not None else None

@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -14,6 +15,7 @@ from ..config import Address, ClockPolicy, DiskConfig, MachineConfig, NetConfig
 from ..errors import ControlError
 from ..machine.machine import Machine
 from ..machine.rehearsal import rehearse
+from ..machine.trial import TrialMachine
 from ..migration.address import Listener
 from ..migration.journal import Entry, Journal, Role
 from ..state.fidelity import Fidelity
@@ -51,11 +53,13 @@ def run_restored(
     serial: str,
     disks: Sequence[DiskConfig] = (),
     nets: Sequence[NetConfig] = (),
+    console: str | None = None,
     *,
     paused: bool = False,
     show: ShowFidelity | None = None,
     clone: bool = False,
     clock: ClockPolicy = ClockPolicy.CONTINUE,
+    reboot: bool = True,
 ) -> int:
     """Restore the snapshot ``directory`` and stay until the guest ends; it stays paused if it was, or if so wanted.
 
@@ -63,7 +67,17 @@ def run_restored(
     from ..snapshot.load import restore
 
     def build(value: Mapping[str, Value]) -> Machine:
-        return Machine.build(value, name=name, serial=serial, disks=disks, nets=nets, clone=clone, clock=clock)
+        return Machine.build(
+            value,
+            name=name,
+            serial=serial,
+            disks=disks,
+            nets=nets,
+            console=console,
+            clone=clone,
+            clock=clock,
+            reboot=reboot,
+        )
 
     with _session(name, held=None if clone else directory) as session:
         restored = restore(directory, build)
@@ -91,27 +105,32 @@ def run_incoming(
     serial: str,
     disks: Sequence[DiskConfig] = (),
     nets: Sequence[NetConfig] = (),
+    console: str | None = None,
     *,
     paused: bool = False,
     show: ShowFidelity | None = None,
+    reboot: bool = True,
 ) -> int:
     """Wait at ``address`` for one guest, take it over and stay until it ends."""
     with _session(name) as session:
         listener = Listener(address)
 
         def build(value: Mapping[str, Value]) -> Machine:
-            machine = Machine.build(value, name=name, serial=serial, disks=disks, nets=nets)
+            machine = Machine.build(
+                value, name=name, serial=serial, disks=disks, nets=nets, console=console, reboot=reboot
+            )
             session.adopt(machine)
             # Its threads are there before the source pauses: they would cost time in the blackout.
             machine.start()
             return machine
 
+        examine = partial(TrialMachine.examine, disks=disks, nets=nets, console=console)
         # Before a source comes: it would wait for it.
         rehearse()
         if show is not None:
             session.on_arrival = show
         print(f"kvmigrate: {name} waits for a guest at {listener.address}", file=sys.stderr, flush=True)
-        return _live(session, lambda live: live.receive(listener, build, paused=paused))
+        return _live(session, lambda live: live.receive(listener, build, examine, paused=paused))
 
 
 def _live(session: Session, begin: Callable[[Session], None]) -> int:

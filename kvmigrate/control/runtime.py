@@ -4,6 +4,7 @@ A VM called NAME owns these files, all in one directory of mode 0700::
 
     NAME.lock      held by flock(2) for as long as the process lives: the lock, not the file, is the claim
     NAME.sock      the QMP socket, mode 0600
+    NAME.tty       the console's socket, mode 0600
     NAME.journal   who owns a guest that is changing hands; outlives the process when that is in doubt
                    (.NAME.journal.tmp while it is being written)
     NAME.lease     the snapshot that the guest was restored from: device and inode of its file ``state``
@@ -79,14 +80,19 @@ class Claim:
         return self.directory / f"{self.name}.sock"
 
     @property
+    def console_path(self) -> Path:
+        return self.directory / f"{self.name}.tty"
+
+    @property
     def lease_path(self) -> Path:
         return self.directory / f"{self.name}.lease"
 
     def release(self) -> None:
-        """Remove the socket and the lock, in this order: while the lock is held, no one else may make a socket here."""
+        """Remove the sockets, then the lock: while the lock is held, no one else may make a socket here."""
         if self.lock_fd < 0:
             return
         self.socket_path.unlink(missing_ok=True)
+        self.console_path.unlink(missing_ok=True)
         self.lease_path.unlink(missing_ok=True)
         self.lock_path.unlink(missing_ok=True)
         os.close(self.lock_fd)
@@ -104,6 +110,7 @@ def claim(name: str) -> Claim:
         raise ConfigError(f"{held.socket_path} is too long for a socket: take a shorter name or XDG_RUNTIME_DIR")
     held.lock_fd = _lock(held.lock_path)
     held.socket_path.unlink(missing_ok=True)
+    held.console_path.unlink(missing_ok=True)
     held.lease_path.unlink(missing_ok=True)
     (held.directory / f".{name}.journal.tmp").unlink(missing_ok=True)
     return held
@@ -206,9 +213,21 @@ def _sweep(name: str) -> None:
 
 def socket_path(name: str) -> Path:
     """The control socket of the running VM ``name``. Raises :class:`ControlError` when there is none."""
+    require_running(name)
+    return runtime_dir() / f"{name}.sock"
+
+
+def console_path(name: str) -> Path:
+    """The console's socket of the running VM ``name``. Raises :class:`ControlError` when there is none."""
+    require_running(name)
+    return runtime_dir() / f"{name}.tty"
+
+
+def require_running(name: str) -> None:
+    """Raise :class:`ControlError` unless a VM ``name`` is running here."""
     check_name(name)
     if is_running(name):
-        return runtime_dir() / f"{name}.sock"
+        return
     others = running_names()
     running = f"running are {', '.join(others)}" if others else "none is running"
     raise ControlError(f"no VM named {name} is running here: {running}")

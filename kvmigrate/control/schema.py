@@ -106,7 +106,7 @@ def _argument_cell(argument: Argument) -> str:
 
 
 def _refusals(command: Command[Any]) -> str:
-    reasons = [] if command.with_job else ["during a migration or snapshot"]
+    reasons = [] if command.with_job else ["during a migration, snapshot or check"]
     if command.states != ANY_STATE:
         reasons.append("unless " + " or ".join(sorted(command.states)))
     return "; ".join(reasons)

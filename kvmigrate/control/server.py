@@ -41,7 +41,7 @@ class Server:
             raise
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if len(self._clients) >= MAX_CLIENTS or not _same_user(writer.get_extra_info("socket")):
+        if len(self._clients) >= MAX_CLIENTS or not same_user(writer.get_extra_info("socket")):
             writer.close()
             return
         client = _Client(self._vm, reader, writer, asyncio.current_task())
@@ -102,6 +102,8 @@ class _Client:
         self._reader = reader
         self._writer = writer
         self._splitter = qmp.Splitter()
+        self._answered = asyncio.Event()
+        self._answered.set()
         self.negotiated = False
 
     def send(self, message: Mapping[str, object]) -> None:
@@ -111,7 +113,9 @@ class _Client:
         self._writer.write(qmp.encode(message))
 
     async def hang_up(self) -> None:
+        """Close it; the command in hand, which may be what ended the guest, is answered first."""
         try:
+            await asyncio.wait_for(self._answered.wait(), 1.0)
             await asyncio.wait_for(self._writer.drain(), 1.0)
         except (OSError, TimeoutError):
             pass
@@ -121,7 +125,9 @@ class _Client:
         self.send(qmp.greeting(self._vm.package))
         while data := await self._reader.read(1 << 16):
             for item in self._splitter.feed(data):
+                self._answered.clear()
                 self.send(qmp.error_reply(item) if isinstance(item, qmp.QmpError) else await self._answer(item))
+                self._answered.set()
                 await self._writer.drain()
 
     async def _answer(self, text: bytes) -> dict[str, object]:
@@ -159,7 +165,7 @@ class _Client:
         return {}
 
 
-def _same_user(connection: socket.socket) -> bool:
+def same_user(connection: socket.socket) -> bool:
     """Whether the peer is root or runs under our own uid; the kernel says so (SO_PEERCRED, unix(7))."""
     packed = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
     _pid, uid, _gid = _CREDENTIALS.unpack(packed)

@@ -23,11 +23,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from ..config import Address, MigrationParameters, SnapshotParameters
-from ..contract import Builder, RunState
-from ..devices.end import CRASH, RESET, GuestEnd
+from ..contract import Builder, Examiner, RunState
+from ..devices.end import CRASH, RESET, RESET_BUTTON, GuestEnd
 from ..errors import KvmigrateError, MigrationError, StateError
 from ..machine.machine import Machine
 from ..state.fidelity import Fidelity
+from . import ballooning
+from .console import Console
 from .job import Job, SnapshotJob, describe
 from .runtime import Claim
 from .server import Server
@@ -49,7 +51,8 @@ REASON_S = 3.0
 CANCEL_S = 15.0
 
 _QUIET = frozenset({RunState.FINISH_MIGRATE, RunState.SAVE_VM})
-_SHUTDOWN_REASONS = {CRASH: "guest-panic", RESET: "guest-reset"}
+_REASONS = {CRASH: "guest-panic", RESET: "guest-reset", RESET_BUTTON: "host-qmp-system-reset"}
+"""QEMU's words for why a guest ended or was reset."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +64,18 @@ class Exit:
     reason: str = ""
     moved: bool = False
     error: KvmigrateError | None = None
+    story: str = ""
+    """What became of the guest, also where ``text`` needs none."""
 
     @classmethod
     def of_guest(cls, end: GuestEnd) -> Exit:
-        text = end.text if end.kind in _SHUTDOWN_REASONS else ""
-        return cls(end.exit_status, text, _SHUTDOWN_REASONS.get(end.kind, "guest-shutdown"))
+        text = end.text if end.kind in _REASONS else ""
+        return cls(end.exit_status, text, _REASONS.get(end.kind, "guest-shutdown"), story=end.text)
+
+
+def _whose(reason: str) -> dict[str, Any]:
+    """The data of QEMU's events for the end and the reset of a guest."""
+    return {"guest": reason.startswith("guest"), "reason": reason}
 
 
 class Session:
@@ -81,6 +91,7 @@ class Session:
         """Told what became of every item of state of a guest that came in."""
         self._claim = claim
         self._server = Server(self)
+        self._console = Console(claim.name)
         self._job: Job | None = None
         self._jobs: list[Job] = []
         self._busy = ""
@@ -115,6 +126,10 @@ class Session:
     async def resume(self) -> None:
         await self._exclusively("resume", Machine.resume)
 
+    async def reset(self) -> None:
+        # Not exclusive: a migration or a snapshot may be under way, and the machine knows when it cannot be.
+        await asyncio.to_thread(self._require_machine().reset)
+
     async def digest(self) -> Mapping[str, Any]:
         found: Mapping[str, Any] = await self._exclusively("digest", Machine.digest)
         return found
@@ -128,6 +143,12 @@ class Session:
             return await asyncio.to_thread(work, self.machine)
         finally:
             self._busy = ""
+
+    def resize(self, keep_bytes: int) -> None:
+        ballooning.resize(self._require_machine(), keep_bytes)
+
+    def balloon_info(self) -> Mapping[str, Any]:
+        return ballooning.facts(self._require_machine())
 
     def press_power_button(self) -> None:
         self._require_machine().press_power_button()
@@ -144,12 +165,18 @@ class Session:
     def start_snapshot(self, directory: Path, parameters: SnapshotParameters) -> None:
         self._begin(SnapshotJob(self._require_machine(), directory, parameters, self._tell))
 
-    def receive(self, listener: Listener, builder: Builder, *, paused: bool) -> None:
-        """Wait on ``listener`` for a guest that ``builder`` builds and adopts."""
+    def start_check(self, address: Address) -> None:
+        machine = self._require_machine()
+        from .outgoing import CheckJob
+
+        self._begin(CheckJob(machine, address, self.parameters.timeout_ms, self._tell))
+
+    def receive(self, listener: Listener, builder: Builder, examiner: Examiner, *, paused: bool) -> None:
+        """Wait on ``listener`` for a guest that ``builder`` builds and adopts; ``examiner`` is for checks meanwhile."""
         directory = self._claim.directory
         from .incoming import IncomingJob
 
-        self._begin(IncomingJob(listener, builder, directory, self.name, self._tell_migration, paused=paused))
+        self._begin(IncomingJob(listener, builder, examiner, directory, self.name, self._tell_migration, paused=paused))
 
     def _begin(self, job: Job) -> None:
         """Start ``job``; there is none under way."""
@@ -162,7 +189,7 @@ class Session:
             self._job.cancel()
 
     def migration_info(self) -> Mapping[str, Any]:
-        if self._job is None or self._job.kind == "snapshot":
+        if self._job is None or self._job.kind in ("snapshot", "check"):
             return {}
         return self._job.result() or {"status": self._job.status}
 
@@ -186,9 +213,13 @@ class Session:
         """Own ``machine`` from now on. May be called from the thread that receives it."""
         machine.on_change(self._changed)
         machine.on_end = lambda end: self._post("end", end)
+        machine.on_reset = lambda reset: self._tell("RESET", _whose(_REASONS[reset.kind]))
+        self._console.adopt(machine.platform.backend)
         self.machine = machine
 
     def _changed(self, state: RunState) -> None:
+        if state in _QUIET:
+            self._console.hold(True)
         self._post("state", state, wake=state not in _QUIET)
 
     def _tell(self, name: str, data: Mapping[str, Any]) -> None:
@@ -219,6 +250,7 @@ class Session:
                 self._job_ended(value)
 
     def _show_state(self, state: RunState, time_ns: int) -> None:
+        self._console.hold(self.runstate in _QUIET)
         runs = state is RunState.RUNNING
         if runs != self._ran:
             self._server.emit("RESUME" if runs else "STOP", None, time_ns)
@@ -241,6 +273,8 @@ class Session:
         """The first reason to end counts."""
         if self._over is not None and not self._over.done():
             self._over.set_result(how)
+            story = how.story or str(how.error or "")
+            self._console.end(how.status, f"VM {self.name} has ended: {story}" if story else how.text)
 
     # The life of the process.
 
@@ -252,6 +286,7 @@ class Session:
             self._loop.add_signal_handler(number, self._signalled, number)
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         await self._server.start(self._claim.socket_path)
+        self._console.start(self._claim.console_path)
         try:
             begin(self)
             gc.collect()
@@ -295,7 +330,7 @@ class Session:
         if how.moved:
             await self._linger()
         else:
-            self._server.emit("SHUTDOWN", {"guest": how.reason.startswith("guest"), "reason": how.reason})
+            self._server.emit("SHUTDOWN", _whose(how.reason))
         if interrupted and not how.moved:
             # Whoever follows the job looks again within its polling interval, and should read why it ended.
             await self._server.wait_idle(REASON_S)
@@ -319,3 +354,4 @@ class Session:
             job.close()
         if self.machine is not None:
             self.machine.close()
+        self._console.close()

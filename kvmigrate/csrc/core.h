@@ -23,6 +23,7 @@
 #include "api/file.h"
 #include "api/virtio.h"
 #include "api/virtio_balloon.h"
+#include "api/virtio_console.h"
 #include "api/virtio_net.h"
 
 // A planted fault exists only in the test build that is compiled with -DKMIG_PLANTED_FAULTS; elsewhere this is 0

@@ -40,6 +40,12 @@ class Uart(Protocol):
 class Backend:
     """The null backend, and what all backends share: drops all output and gives no input."""
 
+    @property
+    def wake_fd(self) -> int | None:
+        """An eventfd to which a write, by a thread in C, is as good as :meth:`wake`; None when there is nobody to wake.
+        It is the backend's own."""
+        return None
+
     def attach(self, uart: Uart) -> None:
         """Serve ``uart`` from now on."""
 
@@ -55,7 +61,10 @@ class Backend:
 
 
 class PollBackend(Backend):
-    """A backend over file descriptors that it owns: ``input_fd`` and ``output_fd``, which may be one, or None."""
+    """A backend over file descriptors that it owns: ``input_fd`` and ``output_fd``, which may be one, or None.
+
+    ``name`` is what messages call it: what it belongs to, ``serial`` or ``console``, and where that leads.
+    """
 
     def __init__(self, name: str, input_fd: int | None, output_fd: int | None) -> None:
         self._name = name
@@ -69,9 +78,13 @@ class PollBackend(Backend):
         self._thread: threading.Thread | None = None
         self._uart: Uart | None = None
 
+    @property
+    def wake_fd(self) -> int | None:
+        return self._wake_fd
+
     def attach(self, uart: Uart) -> None:
         self._uart = uart
-        self._thread = threading.Thread(target=self._serve, args=(uart,), name=f"serial {self._name}", daemon=True)
+        self._thread = threading.Thread(target=self._serve, args=(uart,), name=self._name, daemon=True)
         self._thread.start()
 
     def wake(self) -> None:
@@ -111,7 +124,7 @@ class PollBackend(Backend):
     def _output_failed(self, error: OSError, size: int) -> int:
         """Give the output up for good; returns ``size``, all of which is dropped."""
         self._output_fd = None
-        print(f"kvmigrate: serial {self._name}: {error.strerror}: its output is dropped from now on", file=sys.stderr)
+        print(f"kvmigrate: {self._name}: {error.strerror}: its output is dropped from now on", file=sys.stderr)
         return size
 
     def _receive(self, most: int) -> bytes:
@@ -162,19 +175,19 @@ class FileBackend(PollBackend):
     A FIFO may stand there too, when somebody reads it.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, owner: str = "serial") -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
         try:
             fd = os.open(path, flags, 0o666)
         except OSError as error:
-            raise HostError(f"serial file:{path}", error.errno or 0) from error
-        super().__init__(f"file:{path}", None, fd)
+            raise HostError(f"{owner} file:{path}", error.errno or 0) from error
+        super().__init__(f"{owner} file:{path}", None, fd)
 
 
 class UnixBackend(PollBackend):
     """``unix:PATH``: connects to a listening stream socket."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, owner: str = "serial") -> None:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             connection.settimeout(CONNECT_TIMEOUT_S)
@@ -182,13 +195,13 @@ class UnixBackend(PollBackend):
         except OSError as error:
             connection.close()
             if error.errno is None:
-                raise ConfigError(f"serial unix:{path} cannot be connected to: {error}") from error
-            raise HostError(f"serial unix:{path}", error.errno, "a listening stream socket must be there") from error
+                raise ConfigError(f"{owner} unix:{path} cannot be connected to: {error}") from error
+            raise HostError(f"{owner} unix:{path}", error.errno, "a listening stream socket must be there") from error
         # Bytes sent one at a time cost some 800 bytes of this buffer each (unix(7), SO_SNDBUF).
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
         connection.setblocking(False)
         fd = connection.detach()
-        super().__init__(f"unix:{path}", fd, fd)
+        super().__init__(f"{owner} unix:{path}", fd, fd)
 
 
 class PtyBackend(PollBackend):
@@ -197,15 +210,16 @@ class PtyBackend(PollBackend):
     Output is dropped while nobody has it open.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, owner: str = "serial") -> None:
         master, slave = os.openpty()
         self.path = os.ttyname(slave)
         tty.setraw(slave)
         # Without the slave open here, the kernel tells by POLLHUP, and by EIO on a read, that nobody has it open.
         os.close(slave)
         os.set_blocking(master, False)
-        super().__init__("pty", master, master)
-        print(f"kvmigrate: the serial port is {self.path}", file=sys.stderr, flush=True)
+        super().__init__(f"{owner} pty", master, master)
+        what = "serial port" if owner == "serial" else owner
+        print(f"kvmigrate: the {what} is {self.path}", file=sys.stderr, flush=True)
 
     def _send(self, fd: int, data: bytes) -> int:
         # The kernel would keep some 20 KiB for a reader that may never come, and then take no more.
@@ -230,10 +244,10 @@ class StdioBackend(PollBackend):
     when the backend closes or the process exits. Signal keys stay on: Ctrl-C ends the process, no key is an escape.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, owner: str = "serial") -> None:
         stdin = _duplicate(sys.__stdin__)
         stdout = _duplicate(sys.__stdout__)
-        super().__init__("stdio", stdin, stdout)
+        super().__init__(f"{owner} stdio", stdin, stdout)
         self._chunk_bytes = 1 if stdout is not None and os.isatty(stdout) else STDOUT_CHUNK_BYTES
         self._tty = stdin is not None and os.isatty(stdin)
         self._restore: Callable[[], None] | None = None
@@ -300,14 +314,17 @@ def _set_raw(fd: int) -> Callable[[], None]:
     return restore
 
 
-def open_backend(spec: str) -> Backend:
-    """The backend that ``--serial`` names: ``stdio``, ``pty``, ``null``, ``file:PATH`` or ``unix:PATH``.
+def open_backend(spec: str, owner: str = "serial") -> Backend:
+    """The backend that ``--serial``, or ``--console``, names: ``stdio``, ``pty``, ``null``, ``file:PATH`` or
+    ``unix:PATH``; ``owner`` is what messages call the device before it.
 
     Raises :class:`ConfigError` for another word and :class:`HostError` when the host refuses the path.
     """
     kind, colon, path = spec.partition(":")
-    if not colon and kind in ("stdio", "pty", "null"):
-        return {"stdio": StdioBackend, "pty": PtyBackend, "null": Backend}[kind]()
+    if not colon and kind == "null":
+        return Backend()
+    if not colon and kind in ("stdio", "pty"):
+        return StdioBackend(owner) if kind == "stdio" else PtyBackend(owner)
     if kind in ("file", "unix") and path and "\0" not in path:
-        return FileBackend(path) if kind == "file" else UnixBackend(path)
-    raise ConfigError(f"{spec!r} is not a serial backend: take stdio, pty, null, file:PATH or unix:PATH")
+        return FileBackend(path, owner) if kind == "file" else UnixBackend(path, owner)
+    raise ConfigError(f"{spec!r} is not a {owner} backend: take stdio, pty, null, file:PATH or unix:PATH")

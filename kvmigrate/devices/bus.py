@@ -18,6 +18,8 @@ class Device(ABC):
 
     name: str
     version: int = 1
+    samples_alone: bool = False
+    """Whether :meth:`sample` may come while vCPUs run."""
     max_access_bytes: int = 1
     """Wider accesses are split into byte accesses, as the bus controller does for an 8-bit ISA device."""
 
@@ -32,6 +34,11 @@ class Device(ABC):
     @abstractmethod
     def save(self) -> dict[str, Value]:
         """The body of the device's section. The device must be paused."""
+
+    def sample(self) -> dict[str, Value]:
+        """As :meth:`save` of a device that is not paused: good enough for a trial to load. No vCPU may run, unless
+        ``samples_alone``."""
+        return self.save()
 
     @abstractmethod
     def load(self, body: Value) -> None:

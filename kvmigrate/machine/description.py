@@ -14,7 +14,8 @@ from ..config import MAX_CPUS, MAX_MEMORY_BYTES, MIN_MEMORY_BYTES, DiskConfig, M
 from ..errors import BadField, ConfigError, RestoreRefused
 from ..memory.layout import slots_for
 from ..state.section import Fields, Value
-from .specs import MAX_DEVICES, VirtioSpec, read_specs, specs_for, with_disks, with_nets, with_new_macs
+from .boot_source import BootSource, read_boot_source
+from .specs import MAX_DEVICES, VirtioSpec, read_specs, specs_for, with_console, with_disks, with_nets, with_new_macs
 
 MAX_CPUID_ENTRIES = 256
 _CPUID_FIELDS = ("function", "index", "flags", "eax", "ebx", "ecx", "edx")
@@ -33,12 +34,13 @@ class Description:
     devices: Mapping[str, int]
     autostart: bool = True
     virtio: tuple[VirtioSpec, ...] = ()
+    boot: BootSource | None = None
 
     @classmethod
-    def new(cls, config: MachineConfig, cpuid: tuple[CpuidTable, ...]) -> Description:
+    def new(cls, config: MachineConfig, cpuid: tuple[CpuidTable, ...], boot: BootSource | None = None) -> Description:
         """Describe a machine that is made here and now; :meth:`completed` adds the rest."""
-        virtio = specs_for(config.disks, config.nets)
-        return cls(config.name, str(uuid.uuid4()), config.memory_bytes, cpuid, 0, {}, virtio=virtio)
+        virtio = specs_for(config.disks, config.nets, config.console)
+        return cls(config.name, str(uuid.uuid4()), config.memory_bytes, cpuid, 0, {}, virtio=virtio, boot=boot)
 
     def completed(self, devices: Mapping[str, int], tsc_khz: int, cpuid: tuple[CpuidTable, ...]) -> Description:
         """With what is known only once the machine exists: of CPUID what the kernel made of it."""
@@ -58,6 +60,10 @@ class Description:
     def with_nets(self, nets: Iterable[NetConfig]) -> Description:
         """With other taps, or addresses, for networks that the guest has. Raises :class:`ConfigError`."""
         return replace(self, virtio=with_nets(self.virtio, nets))
+
+    def with_console(self, console: str | None) -> Description:
+        """With the console of the guest, if it has one, before this back-end. Raises :class:`ConfigError`."""
+        return replace(self, virtio=with_console(self.virtio, console))
 
     def require_devices(self, mine: Mapping[str, int]) -> None:
         """Raise :class:`RestoreRefused` unless this host's machine has exactly these devices, at least as new."""
@@ -89,7 +95,7 @@ class Description:
             "devices": dict(self.devices),
             "autostart": self.autostart,
             "virtio": [spec.to_value() for spec in self.virtio],
-        }
+        } | ({"boot": self.boot.to_value()} if self.boot else {})
 
     @classmethod
     def from_value(cls, value: Mapping[str, Value]) -> Description:
@@ -104,8 +110,9 @@ class Description:
             tsc_khz=fields.integer("tsc_khz", 0, 1 << 32),
             devices=_devices(fields.mapping("devices")),
             autostart=fields.boolean("autostart"),
-            # A snapshot of before there were any has no such field.
+            # A snapshot of before there were any has no such fields.
             virtio=read_specs(fields.sequence("virtio", MAX_DEVICES)) if fields.has("virtio") else (),
+            boot=read_boot_source(fields.mapping("boot")) if fields.has("boot") else None,
         )
         slots = fields.sequence("slots", 32)
         fields.done()

@@ -8,6 +8,7 @@ from ..devices import cmos, debug_exit, i8042, port92, power, poweroff, pvpanic,
 from ..devices.backends import Backend, open_backend
 from ..devices.bus import Device, MmioBus, PioBus
 from ..devices.end import GuestEnd
+from ..devices.tee import Tee
 from ..kvm.cpuid import compare_cpuid
 from ..kvm.system import System, capability
 from ..kvm.vm import Vm
@@ -16,7 +17,7 @@ from ..memory.region import GuestMemory
 from ..state.fidelity import Fidelity
 from .description import CpuidTable
 from .specs import VirtioSpec
-from .virtio import VirtioBus
+from .virtio import HOST, Backings, VirtioBus
 
 MCG_CTL_P = 1 << 8
 NR_MCE_BANKS = 10
@@ -38,6 +39,7 @@ class Platform:
         serial_spec: str,
         end: Callable[[GuestEnd], None],
         virtio: Sequence[VirtioSpec] = (),
+        backings: Backings = HOST,
     ) -> None:
         self.cpuid = cpuid
         self._closers: list[Callable[[], None]] = []
@@ -46,10 +48,10 @@ class Platform:
             self._closers.append(self.memory.close)
             self.vm = self._create_vm(cpuid)
             self.pio, self.mmio = PioBus(), MmioBus()
-            self.backend = open_backend(serial_spec)
+            self.backend = Tee(open_backend(serial_spec))
             self._closers.append(self.backend.close)
             self.devices = self._wire(memory_bytes, self.backend, end)
-            self.virtio = VirtioBus(virtio, self.vm, self.memory, self.mmio)
+            self.virtio = VirtioBus(virtio, self.vm, self.memory, self.mmio, backings)
             self._closers.append(self.virtio.close)
             self.devices.update({device.name: device for device in self.virtio.devices})
         except BaseException:

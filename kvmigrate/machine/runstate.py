@@ -33,6 +33,10 @@ class RunStateBox:
         self.on_change: Callable[[RunState], None] = lambda _: None
 
     @property
+    def runs(self) -> bool:
+        return self.state is RunState.RUNNING
+
+    @property
     def ended(self) -> bool:
         return self.state in _ENDS
 

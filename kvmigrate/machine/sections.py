@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
-from ..errors import BadField
+from ..errors import BadField, ConfigError, HostError, RestoreRefused, StreamError
 from ..kvm.vm_state import load_state, save_state
 from ..state.fidelity import Fidelity
-from ..state.section import Section, by_name, require_version
+from ..state.section import Section, Value, by_name, require_version
 from .platform import Platform
 
 VERSION = 1
@@ -30,12 +31,17 @@ def save_sections(platform: Platform) -> list[Section]:
     paused. They may write guest memory, so the last sync of the dirty log comes after this.
     """
     vm, vcpus = save_state(platform.vm)
-    sections = [Section("vm", VERSION, vm)]
-    for name, body in zip(_vcpu_names(platform), vcpus, strict=True):
-        # CPUID never changes and is in the description already, where it travels before the guest has to wait.
-        del body["cpuid"]
-        sections.append(Section(name, VERSION, body))
+    sections = [
+        kernel_section(name, body) for name, body in zip(("vm", *_vcpu_names(platform)), (vm, *vcpus), strict=True)
+    ]
     return sections + [device.section() for device in platform.devices.values()]
+
+
+def kernel_section(name: str, body: dict[str, Value]) -> Section:
+    """The section of the VM or of a vCPU."""
+    # CPUID never changes and is in the description already, where it travels before the guest has to wait.
+    body.pop("cpuid", None)
+    return Section(name, VERSION, body)
 
 
 def load_sections(platform: Platform, sections: Sequence[Section], *, count_downtime: bool = False) -> Fidelity:
@@ -47,15 +53,50 @@ def load_sections(platform: Platform, sections: Sequence[Section], *, count_down
     """
     found = by_name(sections)
     _check_names(platform, found)
-    vcpu_names = _vcpu_names(platform)
-    for name in ("vm", *vcpu_names):
-        require_version(found[name], VERSION)
-    bodies = [{**found[name].body, "cpuid": table} for name, table in zip(vcpu_names, platform.cpuid, strict=True)]
-    fidelity = load_state(platform.vm, found["vm"].body, bodies, count_downtime=count_downtime)
+    fidelity = _load_kernel(platform, found, count_downtime)
     for name, device in platform.devices.items():
         device.load_section(found[name])
         fidelity.compare(name, dict(found[name].body), device.save())
     return fidelity
+
+
+def _load_kernel(platform: Platform, found: Mapping[str, Section], count_downtime: bool) -> Fidelity:
+    vcpu_names = _vcpu_names(platform)
+    for name in ("vm", *vcpu_names):
+        require_version(found[name], VERSION)
+    bodies = [{**found[name].body, "cpuid": table} for name, table in zip(vcpu_names, platform.cpuid, strict=True)]
+    return load_state(platform.vm, found["vm"].body, bodies, count_downtime=count_downtime)
+
+
+def try_sections(platform: Platform, sections: Sequence[Section], without: Container[str] = ()) -> Fidelity:
+    """As :func:`load_sections` for a machine that is thrown away: a part that cannot be loaded is refused in the
+    result, and the others are tried all the same; devices in ``without`` are left out. Raises :class:`BadField` for a
+    section that comes twice."""
+    found = by_name(sections)
+    fidelity = Fidelity()
+    with refusing(fidelity, "sections"):
+        _check_names(platform, found)
+    with refusing(fidelity, "vcpus"):
+        if {"vm", *_vcpu_names(platform)} <= found.keys():
+            fidelity.merge(_load_kernel(platform, found, False))
+    for name in platform.devices.keys() & found.keys():
+        if name not in without:
+            with refusing(fidelity, name):
+                platform.devices[name].load_section(found[name])
+                fidelity.compare(name, dict(found[name].body), platform.devices[name].save())
+    return fidelity
+
+
+@contextmanager
+def refusing(fidelity: Fidelity, item: str) -> Iterator[None]:
+    """Note what the block raises about this host and the state as refused in ``fidelity``, as the ``item`` when the
+    error names none."""
+    try:
+        yield
+    except RestoreRefused as error:
+        fidelity.refused(error.item, error.wanted, error.got, error.why)
+    except (ConfigError, HostError, StreamError) as error:
+        fidelity.refused(item, None, None, str(error))
 
 
 def _check_names(platform: Platform, found: dict[str, Section]) -> None:

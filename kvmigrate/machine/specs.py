@@ -13,17 +13,23 @@ from ..state.section import Fields, Value
 MAX_DEVICES = 14
 """As many as there are interrupt lines for them."""
 RNG = "rng0"
+CONSOLE = "console0"
 BALLOON = "balloon"
 
 
 @dataclass(frozen=True, slots=True)
 class VirtioSpec:
     """One device: a disk, a network card whose ``net`` has an address, or with neither what ``name`` says, which is its
-    section's name too."""
+    section's name too.
+
+    ``backend`` is where a console leads on this host. It does not travel: whoever sends a guest has no say in what is
+    opened here.
+    """
 
     name: str
     disk: DiskConfig | None = None
     net: NetConfig | None = None
+    backend: str = "null"
 
     def to_value(self) -> dict[str, Value]:
         """As a msgpack map, as :func:`read_specs` reads it."""
@@ -32,14 +38,21 @@ class VirtioSpec:
             return {"kind": "disk", "name": disk.name, "path": str(disk.path.absolute()), "read_only": disk.read_only}
         if self.net is not None:
             return {"kind": "net", "name": self.net.name, "interface": self.net.interface, "mac": self.net.mac}
-        return {"kind": "balloon" if self.name == BALLOON else "rng", "name": self.name}
+        return {"kind": _KINDS[self.name], "name": self.name}
 
 
-def specs_for(disks: Iterable[DiskConfig], nets: Iterable[NetConfig] = ()) -> tuple[VirtioSpec, ...]:
+_KINDS = {RNG: "rng", CONSOLE: "console", BALLOON: "balloon"}
+"""Of the devices of which a machine has one at most, by name."""
+
+
+def specs_for(
+    disks: Iterable[DiskConfig], nets: Iterable[NetConfig] = (), console: str | None = None
+) -> tuple[VirtioSpec, ...]:
     """The devices of a new machine: entropy, which every machine has, then the disks and the networks in their order,
-    then the balloon, which every machine has too. A network without an address gets one."""
+    the console if there is one, and the balloon, which every machine has too. A network without an address gets one."""
     addressed = [net if net.mac else replace(net, mac=random_mac()) for net in nets]
-    return (VirtioSpec(RNG), *map(_disk_spec, disks), *map(_net_spec, addressed), VirtioSpec(BALLOON))
+    consoles = () if console is None else (VirtioSpec(CONSOLE, backend=console),)
+    return (VirtioSpec(RNG), *map(_disk_spec, disks), *map(_net_spec, addressed), *consoles, VirtioSpec(BALLOON))
 
 
 def read_specs(value: Sequence[Value]) -> tuple[VirtioSpec, ...]:
@@ -86,6 +99,16 @@ def with_nets(specs: Sequence[VirtioSpec], nets: Iterable[NetConfig]) -> tuple[V
     return tuple(changed.values())
 
 
+def with_console(specs: Sequence[VirtioSpec], console: str | None) -> tuple[VirtioSpec, ...]:
+    """``specs`` with a console, if the guest has one, that leads to ``console``, or nowhere when that is None.
+
+    Raises :class:`ConfigError` when the guest has no console that could lead anywhere.
+    """
+    if console is not None and all(spec.name != CONSOLE for spec in specs):
+        raise ConfigError("the guest has no console: it was started without --console, leave it out here too")
+    return tuple(replace(spec, backend=console or "null") if spec.name == CONSOLE else spec for spec in specs)
+
+
 def with_new_macs(specs: Sequence[VirtioSpec]) -> tuple[VirtioSpec, ...]:
     """``specs`` of another guest: no network card has the address of the described one."""
     return tuple(_net_spec(replace(spec.net, mac=random_mac())) if spec.net else spec for spec in specs)
@@ -101,10 +124,8 @@ def _disk_spec(disk: DiskConfig) -> VirtioSpec:
 
 def _read_spec(fields: Fields) -> VirtioSpec:
     kind, name = fields.text("kind", 16), fields.text("name", 64)
-    if kind == "rng" and name == RNG:
-        spec = VirtioSpec(RNG)
-    elif kind == "balloon" and name == BALLOON:
-        spec = VirtioSpec(BALLOON)
+    if _KINDS.get(name) == kind:
+        spec = VirtioSpec(name)
     elif kind == "net":
         spec = _net_spec(NetConfig(name, fields.text("interface", 15), fields.blob("mac", 6, exact=True)))
     elif kind == "disk":

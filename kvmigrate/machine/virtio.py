@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
+from ..config import DiskConfig
+from ..devices.backends import open_backend
 from ..devices.bus import MmioBus
 from ..devices.tap import open_tap
 from ..devices.virtio import registers as reg
 from ..devices.virtio.balloon import VirtioBalloon
 from ..devices.virtio.block import VirtioBlock
+from ..devices.virtio.console import Console
 from ..devices.virtio.image import DiskImage, open_disk
 from ..devices.virtio.net import Net
 from ..devices.virtio.rng import VirtioRng
@@ -16,12 +20,23 @@ from ..devices.virtio.transport import WINDOW_BYTES, VirtioDevice
 from ..errors import ConfigError
 from ..kvm.vm import Vm
 from ..memory.region import GuestMemory
-from .specs import BALLOON, MAX_DEVICES, VirtioSpec
+from .specs import BALLOON, CONSOLE, MAX_DEVICES, VirtioSpec
 
 FIRST_GPA = 0xD000_0000
 STRIDE = 0x1000
 _GSIS = (*range(16, 24), *range(10, 16))
 """The lines of device 0, 1, …: first those of the IOAPIC that no ISA device has."""
+
+
+@dataclass(frozen=True, slots=True)
+class Backings:
+    """How the host's side of a device is opened: a disk's image; a tap's file descriptor, by its interface."""
+
+    disk: Callable[[DiskConfig], DiskImage]
+    tap: Callable[[str], int]
+
+
+HOST = Backings(lambda disk: open_disk(disk.name, disk.path, disk.read_only), open_tap)
 
 
 class VirtioBus:
@@ -30,7 +45,10 @@ class VirtioBus:
     Raises :class:`ConfigError` or :class:`HostError` when an image cannot be opened, with nothing left open.
     """
 
-    def __init__(self, specs: Sequence[VirtioSpec], vm: Vm, memory: GuestMemory, mmio: MmioBus) -> None:
+    def __init__(
+        self, specs: Sequence[VirtioSpec], vm: Vm, memory: GuestMemory, mmio: MmioBus, backings: Backings = HOST
+    ) -> None:
+        self._backings = backings
         self.devices: list[VirtioDevice] = []
         self.images: list[DiskImage] = []
         self._closers: list[Callable[[], None]] = []
@@ -45,12 +63,14 @@ class VirtioBus:
 
     def _make(self, spec: VirtioSpec, memory: GuestMemory) -> VirtioDevice:
         if spec.net is not None:
-            return Net(spec.name, memory, open_tap(spec.net.interface), spec.net.mac or bytes(6))
+            return Net(spec.name, memory, self._backings.tap(spec.net.interface), spec.net.mac or bytes(6))
         if spec.name == BALLOON:
             return VirtioBalloon(memory)
+        if spec.name == CONSOLE:
+            return Console(spec.name, memory, open_backend(spec.backend, "console"))
         if spec.disk is None:
             return VirtioRng(memory, spec.name)
-        image = open_disk(spec.disk.name, spec.disk.path, spec.disk.read_only)
+        image = self._backings.disk(spec.disk)
         self.images.append(image)
         self._closers.append(image.close)
         return VirtioBlock(memory, image)
@@ -63,6 +83,11 @@ class VirtioBus:
         for queue in range(device.nr_queues):
             vm.ioeventfd(device.handle.kick_fd[queue], gpa + reg.QUEUE_NOTIFY, 4, queue)
         self.devices.append(device)
+
+    @property
+    def balloon(self) -> VirtioBalloon | None:
+        """The balloon, where there is one."""
+        return next((device for device in self.devices if isinstance(device, VirtioBalloon)), None)
 
     def lock(self) -> None:
         """Take every image for this VM. Idempotent. Raises :class:`ConfigError` when another VM has one, and then holds

@@ -11,9 +11,10 @@ import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from ..contract import Builder, Migratable
+from ..contract import Builder, Examiner, Migratable
 from ..errors import Cancelled, ChannelError, KvmigrateError, PeerFailed, StateError
 from ..state.fidelity import Fidelity
 from ..state.frame import FrameKind
@@ -23,10 +24,12 @@ from .abort import Abort
 from .address import Listener
 from .answering import Answering, send_answer
 from .channel import Channel, unexpected
+from .checks import ONLY
 from .custody import Custody, answer_of
 from .incoming import Incoming, State, greet
 from .journal import Entry, Journal, Record, Role
 from .status import Observer, Silence, Status
+from .trying import serve_check
 
 IN_DOUBT_MS = 30_000.0
 """How long a destination that lost its source after READY waits to be asked, before it ends by itself."""
@@ -47,15 +50,16 @@ class Arrived:
 class Destination:
     """One incoming migration on ``listener``, which it owns and closes; used once.
 
-    ``builder`` makes the empty machine; ``name`` is the one under which the guest goes on here, and names the journal.
-    With ``autostart`` false the guest stays paused here even when it ran at the source.
-    Other threads may call :meth:`cancel`, :meth:`resolve` and :meth:`query` at any time; :meth:`close` ends it.
+    ``builder`` makes the empty machine, ``examiner`` those to try a state on; ``name`` is the one under which the guest
+    goes on here, and names the journal. With ``autostart`` false the guest stays paused here even when it ran at the
+    source. Other threads may call :meth:`cancel`, :meth:`resolve` and :meth:`query` at any time; :meth:`close` ends it.
     """
 
     def __init__(
         self,
         listener: Listener,
         builder: Builder,
+        examiner: Examiner,
         journal_dir: Path,
         name: str,
         observer: Observer | None = None,
@@ -66,6 +70,7 @@ class Destination:
     ) -> None:
         self._listener = listener
         self._builder = builder
+        self._examiner = examiner
         self._name = name
         self._observer: Observer = observer if observer is not None else Silence()
         self._timeout_ms = timeout_ms
@@ -90,7 +95,8 @@ class Destination:
         try:
             channel, hello = self._await_source()
             self._channel = channel
-            incoming = Incoming(channel, hello, self._builder, lambda: self._take_custody(channel, hello))
+            take_custody = partial(self._take_custody, channel, hello)
+            incoming = Incoming(channel, hello, self._builder, self._examiner, take_custody)
             incoming.may_start = self._autostart
             self._incoming = incoming
             while incoming.step() is not State.COMMITTED:
@@ -141,7 +147,7 @@ class Destination:
         return self._incoming.custody if self._incoming is not None else None
 
     def _await_source(self) -> tuple[Channel, wire.Hello]:
-        """The first connection that says HELLO; those that ask are answered meanwhile."""
+        """The first connection that brings a guest; those that ask or only check are answered meanwhile."""
         found = self._journal.read()
         while True:
             sock = self._listener.accept(self._abort)
@@ -150,8 +156,12 @@ class Destination:
             self._channel = channel
             frame = channel.recv()
             if frame.kind == FrameKind.HELLO:
-                self._enter(Status.SETUP)
-                return channel, greet(channel, frame, self._name)
+                hello = greet(channel, frame, self._name)
+                if ONLY not in hello.features:
+                    self._enter(Status.SETUP)
+                    return channel, hello
+                serve_check(channel, hello, self._examiner)
+                continue
             if frame.kind != FrameKind.QUERY:
                 raise unexpected(frame, "waiting for a source")
             with suppress(ChannelError):

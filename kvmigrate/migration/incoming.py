@@ -6,24 +6,27 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from enum import Enum
 
-from ..contract import Builder, Migratable, RunState
+from ..contract import Builder, Examiner, Migratable, RunState
 from ..errors import BadChecksum, BadField
 from ..memory.prefault import Prefault
 from ..state.fidelity import Fidelity
 from ..state.frame import FrameKind
-from ..state.section import Section, Value, decode, unpack
+from ..state.section import Section, Value, decode
 from . import wire
 from .blackout import Stopwatch, quiet_interpreter
 from .channel import Channel, Frame, unexpected
+from .checks import CHECK
 from .custody import Custody
 from .handover import rehearse
 from .pages import Decompressor
+from .trying import answer_check, read_description
 
 
 class State(Enum):
     """What is waited for; the value completes the sentence "a … frame may not come while …"."""
 
     GREETED = "waiting for CONFIG"
+    BUILT = "waiting for CHECK"
     RECEIVING = "receiving pages"
     SECTIONS = "receiving sections"
     LOADED = "receiving the last pages"
@@ -38,11 +41,18 @@ class Incoming:
     """
 
     def __init__(
-        self, channel: Channel, hello: wire.Hello, builder: Builder, take_custody: Callable[[], Custody]
+        self,
+        channel: Channel,
+        hello: wire.Hello,
+        builder: Builder,
+        examiner: Examiner,
+        take_custody: Callable[[], Custody],
     ) -> None:
         self._channel = channel
         self._hello = hello
         self._builder = builder
+        self._examiner = examiner
+        self._description: Mapping[str, Value] = {}
         self._take_custody = take_custody
         self._decompressor = Decompressor()
         self._quiet = ExitStack()
@@ -100,20 +110,18 @@ class Incoming:
         return self.machine
 
     def _config(self, frame: Frame) -> State:
-        description = unpack(frame.payload, "a CONFIG frame")
-        if not isinstance(description, dict):
-            raise BadField("CONFIG: expected a map")
-        self._check_identity(description)
-        self.machine = self._builder(description)
+        self._description = read_description(frame, self._hello)
+        self.machine = self._builder(self._description)
         self.machine.rehearse()
         self.custody = self._take_custody()
         rehearse()
         self._channel.send(FrameKind.ACCEPT, {})
-        return State.RECEIVING
+        return State.BUILT if CHECK in self._hello.features else State.RECEIVING
 
-    def _check_identity(self, description: Mapping[str, Value]) -> None:
-        if description.get("uuid") != self._hello.uuid:
-            raise BadField("CONFIG: field 'uuid' is not the one of HELLO")
+    def _check(self, frame: Frame) -> State:
+        # Not on the machine that the guest is to have: what a load starts (timers, a clock) would go on in it.
+        answer_check(self._channel, frame, lambda: self._examiner(self._description, parts=False))
+        return State.RECEIVING
 
     def _resident(self, frame: Frame) -> State:
         runs = wire.Resident.from_payload(frame.payload).runs
@@ -195,6 +203,7 @@ class Incoming:
 
 STEPS: Mapping[tuple[State, int], Callable[[Incoming, Frame], State]] = {
     (State.GREETED, FrameKind.CONFIG): Incoming._config,
+    (State.BUILT, FrameKind.CHECK): Incoming._check,
     (State.RECEIVING, FrameKind.RESIDENT): Incoming._resident,
     (State.RECEIVING, FrameKind.PAGES): Incoming._pages,
     (State.RECEIVING, FrameKind.ROUND): Incoming._round,

@@ -20,7 +20,6 @@ from pathlib import Path
 from ..config import Address, MigrationParameters
 from ..contract import Migratable, RunState
 from ..errors import (
-    BadField,
     Cancelled,
     ChannelError,
     ConfigError,
@@ -41,6 +40,8 @@ from .address import connect
 from .asking import DECIDED, Resolved, ask_until_decided
 from .blackout import quiet_interpreter
 from .channel import Channel, expect
+from .checker import ask_check, introduce, patience_ms, require_movable
+from .checks import CHECK
 from .handover import (
     ENDED,
     HandedOver,
@@ -59,8 +60,6 @@ from .status import MigrationResult, Observer, Silence, Status
 
 LAST_WORD_MS = 300.0
 """How long a failed connection is listened to for the other side's reason."""
-BUILD_MS_PER_GIB = 1000.0
-"""What a destination may take, beyond the timeout, to build and touch each GiB of guest memory."""
 DISKS_FREE_S = 2.0
 """How long a guest that goes on here waits for its destination to let the disks go."""
 
@@ -144,23 +143,20 @@ class Source:
         return result.at(precopy.progress.view(), precopy.progress.records)
 
     def _setup(self) -> Channel:
-        """Connect, agree on the version, and have the destination build the machine."""
+        """Connect, agree on the version, and have the destination build the machine and try the state."""
         self._enter(Status.SETUP)
-        if self._machine.runstate not in (RunState.RUNNING, RunState.PAUSED, RunState.PRELAUNCH):
-            raise StateError(self._machine.runstate.value, "running or paused")
+        require_movable(self._machine)
         timeout_ms = self._parameters.timeout_ms
         channel = Channel(connect(self._address, self._abort, timeout_ms), self._abort, timeout_ms, str(self._address))
         self._channel = channel
-        features = () if self._parameters.compression.level is None else ("zstd",)
-        hello = wire.Hello(wire.FORMAT, features, self._query.uuid, self._query.epoch, self._name)
-        channel.send_payloads([(FrameKind.HELLO, hello.to_payload())])
-        back = wire.Hello.from_payload(expect(channel, FrameKind.HELLO).payload)
-        if (back.uuid, back.epoch) != (hello.uuid, hello.epoch):
-            raise BadField(f"{channel.peer} answers for another guest ({back.uuid}): is it an old connection?")
+        features = (CHECK,) if self._parameters.compression.level is None else (CHECK, "zstd")
+        introduce(channel, wire.Hello(wire.FORMAT, features, self._query.uuid, self._query.epoch, self._name))
         channel.send(FrameKind.CONFIG, self._config)
         self._machine.rehearse()
-        build_ms = self._machine.memory.size_bytes / (1 << 30) * BUILD_MS_PER_GIB
-        wire.expect_empty(expect(channel, FrameKind.ACCEPT, timeout_ms + build_ms).payload, FrameKind.ACCEPT)
+        accept = expect(channel, FrameKind.ACCEPT, patience_ms(channel, self._machine))
+        wire.expect_empty(accept.payload, FrameKind.ACCEPT)
+        self._result = replace(self._result, check=ask_check(channel, self._machine))
+        self._result.require_fit(channel.peer)
         announce_resident(channel, self._machine.memory)
         return channel
 

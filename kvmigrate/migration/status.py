@@ -13,6 +13,8 @@
     rounds              a list of what each round did, see precopy/ledger.py
     downtime-parts      ms: stop state last-pages load send resume, their sum total, and one-way
     fidelity            what the destination made of every item of state: counts and the items that are not exact
+    check               what the destination made of the state when it tried it before the first round: fits, counts,
+                        items, and ms: pause-time (the guest stood still for it), build-time, load-time, total-time
     why                 why it switched over when it did, or gave up
     digest              the sum over all pages that both sides agreed on, in hexadecimal
 
@@ -32,6 +34,7 @@ from ..config import PAGE_BYTES
 from ..precopy.ledger import Downtime, RoundRecord
 from ..precopy.progress import ProgressView
 from ..state.section import Value
+from .checks import CheckResult
 
 
 class Status(StrEnum):
@@ -92,6 +95,12 @@ class MigrationResult:
     fidelity: Value = None
     digest: int = 0
     view: ProgressView | None = None
+    check: CheckResult | None = None
+
+    def require_fit(self, peer: str) -> None:
+        """Raise :class:`MigrationError` unless the destination's host could hold the state that was tried there."""
+        if self.check is not None:
+            self.check.checked.require(peer)
 
     def to_value(self) -> dict[str, Value]:
         """The map of the module's docstring; keys that have no value yet are left out, as QEMU does."""
@@ -113,6 +122,8 @@ class MigrationResult:
                 | {"total": round(self.downtime_ms, 3), "one-way": round(self.one_way_ms, 3)},
                 "digest": f"{self.digest:016x}",
             }
+        if self.check is not None:
+            value["check"] = self.check.to_value()
         optional = {"why": self.why, "fidelity": self.fidelity, "rounds": [r.to_value() for r in self.rounds]}
         return value | {key: found for key, found in optional.items() if found}
 

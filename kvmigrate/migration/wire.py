@@ -8,6 +8,8 @@ integers are at most 64 bits wide, times are microseconds on the clock of the si
       | <------ HELLO{format,features,uuid,epoch,name} |   the same uuid and epoch come back
       | CONFIG{description} -------------------------> |   builds the machine: slots, vCPUs, memory
       | <-------------------------------------- ACCEPT |   or FAILED
+      | CHECK{sections,…}, SECTION … ----------------> |   tries them on a machine that it throws away
+      | <------------------------------ CHECKED{items} |   or the source gives up: a refused item
       | RESIDENT{runs} ------------------------------> |   a hint, optional: touches that memory ahead
       | PAGES … ROUND{round,…}  (for every round) ---> |   the guest runs here -----
       | <----------------------------- ROUND, the same |   all of the round has been received
@@ -26,7 +28,8 @@ The receiver's table. A pair that is not in it is an :class:`UnexpectedFrame` th
     state       frame     next
     AWAITED     HELLO     GREETED
     AWAITED     QUERY     AWAITED        answered, then that connection is closed
-    GREETED     CONFIG    RECEIVING
+    GREETED     CONFIG    BUILT          RECEIVING when HELLO has no feature ``check``
+    BUILT       CHECK     RECEIVING      with the SECTION frames that it announces
     RECEIVING   RESIDENT  RECEIVING
     RECEIVING   PAGES     RECEIVING
     RECEIVING   ROUND     RECEIVING      LOADING when it announces sections
@@ -36,6 +39,9 @@ The receiver's table. A pair that is not in it is an :class:`UnexpectedFrame` th
     READY       COMMIT    COMMITTED
     COMMITTED   DONE      over
     any before COMMITTED  FAILED         over: the source gave up, for the reason in it
+
+A check alone. HELLO has the features ``check`` and ``only-check``, and after CHECKED that connection is over. Nothing
+is built for it but the machine that is thrown away, nothing journalled; the receiver is AWAITED again, whatever came.
 
 Who owns the guest. ``epoch`` names one attempt (nanoseconds since 1970 when it began, so a later one is larger). Before
 COMMIT it is the source's: whatever fails, it resumes there. From the moment COMMIT may have left, the source never
@@ -59,8 +65,9 @@ them are not zero: they differ when a page was lost, damaged or put in a wrong p
 all RAM, which tests take on both sides over a way of their own.
 
 Versions. ``format`` is 1. A source of a later format says so and is refused by number. ``features`` names what this
-stream uses beyond format 1 (``zstd``: PAGES frames may be compressed); a destination refuses one that it does not
-know. Frames of an unknown kind are skipped unless their mandatory bit is set; fields that are unknown are refused.
+stream uses beyond format 1 (``zstd``: PAGES frames may be compressed; ``check`` and ``only-check`` as above); a
+destination refuses one that it does not know. Frames of an unknown kind are skipped unless their mandatory bit is set;
+fields that are unknown are refused.
 """
 
 from __future__ import annotations
@@ -74,7 +81,7 @@ from ..state.frame import FrameKind
 from ..state.section import Fields, Value, pack, unpack
 
 FORMAT = 1
-FEATURES = frozenset({"zstd"})
+FEATURES = frozenset({"zstd", "check", "only-check"})
 MAX_RESIDENT_RUNS = 4096
 MAX_SECTIONS = 1024
 MAX_SECTIONS_BYTES = 16 << 20

@@ -60,6 +60,8 @@ class FrameKind(IntEnum):
     DONE = 13
     ACCEPT = 14
     RESIDENT = 15
+    CHECK = 16
+    CHECKED = 17
     MEMORY_INDEX = 32
 
 

@@ -30,3 +30,17 @@ def sector(directory: Path, code: bytes) -> Path:
     image = directory / f"{code.hex()[:16]}.bin"
     image.write_bytes(code.ljust(510, b"\0") + b"\x55\xaa")
     return image
+
+
+def echo(*, first: bytes = b"ready\r\n", ends: bytes = b"\x04") -> bytes:
+    """Says ``first``, then echoes its serial port; the byte ``ends`` switches it off.
+
+    It looks at LSR before each byte either way, with the FIFOs off.
+    """
+    put = bytes.fromhex("88c4bafd03eca82074f988e0baf803ee")
+    """``mov ah, al; mov dx, 0x3fd; 1: in al, dx; test al, 0x20; jz 1b; mov al, ah; mov dx, 0x3f8; out dx, al``"""
+    greeting = b"".join(b"\xb0" + bytes((byte,)) + put for byte in first)
+    get = bytes.fromhex("bafd03eca80174fbbaf803ec") + b"\x3c" + ends
+    """``mov dx, 0x3fd; 1: in al, dx; test al, 1; jz 1b; mov dx, 0x3f8; in al, dx; cmp al, ENDS``"""
+    loop = get + b"\x74" + bytes((len(put) + 2,)) + put
+    return greeting + loop + b"\xeb" + (-len(loop) - 2 & 0xFF).to_bytes(1) + POWER_OFF

@@ -18,8 +18,8 @@ from kvmigrate.cli.app import run_command
 from .command import Host
 
 VERBS = (
-    "run", "receive", "send", "snapshot", "restore", "list", "query", "pause", "resume", "cancel", "powerdown",
-    "stop", "inspect", "verify", "resolve", "doctor", "cpu-baseline", "demo",
+    "run", "receive", "send", "check", "snapshot", "restore", "list", "query", "pause", "resume", "console", "cancel",
+    "balloon", "powerdown", "reset", "stop", "inspect", "verify", "resolve", "doctor", "cpu-baseline", "demo",
 )  # fmt: skip
 
 
@@ -78,9 +78,14 @@ ERRORS = [
     (["run", "x", "--name", "../x"], "is not a name"),
     (["run", "x", "--boot", "floppy"], "'floppy' is not a boot method"),
     (["run", "x", "--boot", "flat@here"], "'here' is not an address"),
+    (["run", "x", "--console", "stdio"], "--serial and --console cannot both be stdio"),
+    (["receive", "unix:/x", "--console", "stdio"], "--serial and --console cannot both be stdio"),
+    (["restore", "absent", "--console", "stdio"], "--serial and --console cannot both be stdio"),
     (["receive", "http://localhost"], "is not an address: write tcp://HOST:PORT"),
     (["receive", "tcp://localhost:99999"], "is not an address"),
     (["send", "vm", "nowhere"], "is not an address"),
+    (["check", "vm", "nowhere"], "is not an address"),
+    (["check", "vm", "tcp://h:1", "--timeout", "soon"], "is not a duration"),
     (["send", "vm", "tcp://h:1", "--downtime-limit", "soon"], "'soon' is not a duration"),
     (["send", "vm", "tcp://h:1", "--downtime-limit", "0"], "a downtime limit of 0 ms cannot be meant"),
     (["send", "vm", "tcp://h:1", "--bandwidth", "fast"], "'fast' is not a size"),
@@ -95,6 +100,7 @@ ERRORS = [
     (["resume", "vm"], "no VM named vm is running here"),
     (["cancel", "vm"], "no VM named vm is running here"),
     (["stop", "vm"], "no VM named vm is running here"),
+    (["reset", "vm"], "no VM named vm is running here"),
     (["resolve", "vm"], "say --run if"),
     (["resolve", "vm", "--run", "--discard"], "say --run if"),
     (["resolve", "vm", "--run"], "no guest named vm is in doubt here"),

@@ -44,7 +44,7 @@ def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
     ],
 )
 def test_the_exit_status_says_how_the_guest_ended(host: Host, code: bytes, status: int, text: str) -> None:
-    done = host("run", sectors.sector(host.directory, code), *SMALL)
+    done = host("run", sectors.sector(host.directory, code), *SMALL, "--no-reboot")
     assert (done.status, done.out) == (status, "")
     assert (text in done.err) if text else (done.err == "")
     assert len(done.err.splitlines()) <= 1
@@ -85,6 +85,24 @@ def test_a_vm_can_be_started_paused(host: Host) -> None:
         assert ended(process)[0] == 0
 
 
+def test_the_balloon_is_shown_and_refused_where_nobody_drives_it(host: Host) -> None:
+    with running(host, "one"):
+        asked = host("balloon", "one", "--json").json
+        whole = {"target-bytes": 8 << 20, "actual-bytes": 8 << 20, "memory-bytes": 8 << 20}
+        assert asked == {"name": "one", "driver": False, **whole}
+        assert host("balloon", "one").out.startswith(
+            "one: has 8 MiB of 8 MiB, is to keep 8 MiB; it has no balloon driver"
+        )
+        for size, text in (
+            ("4M", "the guest has no balloon driver"),
+            ("0", "expects a value from 1"),
+            ("x", "not a size"),
+        ):
+            done = host("balloon", "one", size)
+            assert (done.status, len(done.err.splitlines())) == (2, 1)
+            assert text in done.err
+
+
 def test_a_taken_name_is_refused_and_the_holder_unharmed(host: Host) -> None:
     with running(host, "one"):
         done = host("run", sectors.sector(host.directory, sectors.SLEEP), "--name", "one", *SMALL)
@@ -120,6 +138,8 @@ def test_a_killed_process_leaves_its_name_free(host: Host) -> None:
         (["IMAGE", "--initrd", "absent"], "absent"),
         (["IMAGE", "--serial", "carrier-pigeon"], "is not a serial backend"),
         (["IMAGE", "--serial", "unix:/absent/socket"], "/absent/socket"),
+        (["IMAGE", "--console", "carrier-pigeon"], "is not a console backend"),
+        (["IMAGE", "--console", "unix:/absent/socket"], "console unix:/absent/socket"),
         (["IMAGE", "--boot", "linux"], "IMAGE"),
     ],
 )
@@ -158,8 +178,6 @@ async def _script_for_qemu(socket: Path, uri: str) -> list[str]:
     assert (await client.execute("query-migrate")) == {}
     assert (await client.execute("query-status"))["running"] is True
     assert len(await client.execute("query-cpus-fast")) == 1
-    with pytest.raises(ExecuteError, match="cannot reset a guest"):
-        await client.execute("system_reset")
     await _fail_quietly(client)
     capabilities = [{"capability": "events", "state": True}, {"capability": "multifd", "state": False}]
     await client.execute("migrate-set-capabilities", {"capabilities": capabilities})

@@ -43,8 +43,17 @@ class FakeVm:
         if self.server is not None:
             self.server.emit(name)
 
+    async def reset(self) -> None:
+        self.log.append("reset")
+
     async def digest(self) -> Mapping[str, Any]:
         raise RuntimeError("the hash machine\nis broken")
+
+    def resize(self, keep_bytes: int) -> None:
+        self.log.append(keep_bytes)
+
+    def balloon_info(self) -> Mapping[str, Any]:
+        return {"actual": 1 << 20, "x-kvmigrate-target": 1 << 20, "x-kvmigrate-driver": False}
 
     def press_power_button(self) -> None:
         self.log.append("power button")
@@ -55,6 +64,9 @@ class FakeVm:
     def start_migration(self, address: Address) -> None:
         self.job = "migration"
         self.log.append(address)
+
+    def start_check(self, address: Address) -> None:
+        self.log.append(("check", address))
 
     def cancel_job(self) -> None:
         self.job = ""

@@ -308,3 +308,16 @@ def test_a_missing_field_is_refused(key: str) -> None:
     uart = Serial(lambda level: None, Backend())
     with pytest.raises(BadField, match=key):
         uart.load({name: value for name, value in GOOD.items() if name != key})
+
+
+def test_what_waited_is_sent_also_where_the_backend_has_no_thread(line: Line) -> None:
+    line.stuff()
+    line.uart.write(0, 1, 0x21)
+    line.uart.pause()
+    saved = line.uart.save()
+    assert saved["tx"]
+    uart = Serial(lambda level: None, Backend())
+    uart.load(saved)
+    uart.resume()
+    assert uart.save()["tx"] == b""
+    assert uart.read(5, 1) & 0x60 == 0x60

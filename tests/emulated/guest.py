@@ -14,7 +14,7 @@ from .cpio import Archive
 from .kernel import Kernel
 
 KERNEL, INITRD = "/guest/vmlinuz", "/guest/initrd"
-DRIVERS = ("virtio-mmio", "virtio-blk", "virtio-net", "virtio-rng", "button")
+DRIVERS = ("virtio-mmio", "virtio-blk", "virtio-net", "virtio-rng", "virtio-console", "button")
 TOOLS = (
     "sh", "mount", "insmod", "cat", "ls", "echo", "sleep", "dmesg", "grep", "nproc", "stty", "poweroff", "reboot", "dd",
     "md5sum", "sync", "ifconfig", "ip", "ping", "nc", "wc", "cut", "usleep", "cmp", "uptime", "mkdir", "awk", "kill",

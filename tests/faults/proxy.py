@@ -33,7 +33,8 @@ class Action(Enum):
 
 @dataclass
 class Strike:
-    """At the first frame of ``kind`` but ``skip``. ``call`` (for :attr:`Action.CALL`) does something to ``victim``.
+    """At the first frame of ``kind`` but ``skip``, once a frame of ``after`` has come by if there is one. ``call`` (for
+    :attr:`Action.CALL`) does something to ``victim``.
 
     ``down``: from then on no new connection is let through either, until :meth:`Proxy.mend`.
     """
@@ -42,6 +43,7 @@ class Strike:
     action: Action
     skip: int = 0
     down: bool = False
+    after: FrameKind | None = None
     victim: str = ""
     call: Callable[[], None] = lambda: None
     said: str = ""
@@ -132,6 +134,8 @@ class Proxy:
     def _due(self, kind: FrameKind) -> Strike | None:
         strike = self._strike
         if strike is None or strike.kind is not kind or strike.struck.is_set():
+            return None
+        if strike.after is not None and strike.after not in self.kinds:
             return None
         strike.skip -= 1
         return strike if strike.skip < 0 else None

@@ -19,10 +19,11 @@ from .cells import Attempt, Traveller, attempt, before, in_doubt
 from .proxy import Action, Strike
 
 pytestmark = pytest.mark.timeout(300)
-HELLO, CONFIG, ACCEPT, PAGES, SECTION, END, READY, COMMIT, RUNNING, DONE = (
-    FrameKind[name]
-    for name in ("HELLO", "CONFIG", "ACCEPT", "PAGES", "SECTION", "END", "READY", "COMMIT", "RUNNING", "DONE")
+NAMES = "HELLO CONFIG ACCEPT CHECK CHECKED PAGES SECTION END READY COMMIT RUNNING DONE"
+HELLO, CONFIG, ACCEPT, CHECK, CHECKED, PAGES, SECTION, END, READY, COMMIT, RUNNING, DONE = (
+    FrameKind[name] for name in NAMES.split()
 )
+SETUP = (HELLO, CONFIG, ACCEPT, CHECK, CHECKED)
 FILLED = 2
 """PAGES frames to let pass, so that the next one holds pages that the guest does not write any more."""
 
@@ -48,11 +49,16 @@ def skip_of(kind: FrameKind) -> int:
     return FILLED if kind is PAGES else 0
 
 
+def after_of(kind: FrameKind) -> FrameKind | None:
+    """The sections of the check come by first; those that count come with the guest paused."""
+    return FrameKind.ROUND if kind is SECTION else None
+
+
 def strike_link(traveller: Traveller, kind: FrameKind, action: Action) -> Attempt:
-    return attempt(traveller, Strike(kind, action, skip_of(kind)))
+    return attempt(traveller, Strike(kind, action, skip_of(kind), after=after_of(kind)))
 
 
-@pytest.mark.parametrize("kind", [HELLO, CONFIG, ACCEPT, PAGES, SECTION, END, READY, COMMIT, RUNNING, DONE])
+@pytest.mark.parametrize("kind", [*SETUP, PAGES, SECTION, END, READY, COMMIT, RUNNING, DONE])
 def test_link_is_cut(traveller: Traveller, kind: FrameKind) -> None:
     cell = strike_link(traveller, kind, Action.CUT)
     if kind in (RUNNING, DONE):
@@ -71,7 +77,7 @@ def test_link_is_reset(traveller: Traveller, kind: FrameKind) -> None:
         cell.require_source_goes_on()
 
 
-@pytest.mark.parametrize("kind", [HELLO, PAGES, END, READY, COMMIT, RUNNING])
+@pytest.mark.parametrize("kind", [HELLO, CHECK, CHECKED, PAGES, END, READY, COMMIT, RUNNING])
 def test_link_stalls(traveller: Traveller, kind: FrameKind) -> None:
     cell = strike_link(traveller, kind, Action.STALL)
     if kind is RUNNING:
@@ -80,7 +86,7 @@ def test_link_stalls(traveller: Traveller, kind: FrameKind) -> None:
         cell.require_source_goes_on()
 
 
-@pytest.mark.parametrize("kind", [HELLO, CONFIG, ACCEPT, PAGES, SECTION, END, READY, COMMIT, RUNNING])
+@pytest.mark.parametrize("kind", [*SETUP, PAGES, SECTION, END, READY, COMMIT, RUNNING])
 def test_a_bit_is_flipped(traveller: Traveller, kind: FrameKind) -> None:
     cell = strike_link(traveller, kind, Action.CORRUPT)
     if kind is RUNNING:
@@ -89,9 +95,9 @@ def test_a_bit_is_flipped(traveller: Traveller, kind: FrameKind) -> None:
         cell.require_source_goes_on()
 
 
-@pytest.mark.parametrize("kind", [CONFIG, PAGES, SECTION, END])
+@pytest.mark.parametrize("kind", [CONFIG, CHECK, CHECKED, PAGES, SECTION, END])
 def test_destination_dies_before_ready(traveller: Traveller, kind: FrameKind) -> None:
-    cell = attempt(traveller, Strike(kind, Action.CALL, skip_of(kind), victim="kill-destination"))
+    cell = attempt(traveller, Strike(kind, Action.CALL, skip_of(kind), after=after_of(kind), victim="kill-destination"))
     assert cell.settled_job()["status"] == "failed"
     assert cell.source.status() == "running"
     require_progress(cell.source.log, 3)
@@ -135,10 +141,10 @@ def test_link_stays_down_after_commit_and_comes_back(traveller: Traveller) -> No
     traveller.moved_to(cell.destination)
 
 
-@pytest.mark.parametrize("kind", [CONFIG, PAGES, SECTION, END])
+@pytest.mark.parametrize("kind", [CONFIG, CHECK, CHECKED, PAGES, SECTION, END])
 def test_source_dies_before_ready(traveller: Traveller, kind: FrameKind) -> None:
     """The guest is lost with its host, and the destination must not run what it has of it."""
-    cell = attempt(traveller, Strike(kind, Action.CALL, skip_of(kind), victim="kill-source"))
+    cell = attempt(traveller, Strike(kind, Action.CALL, skip_of(kind), after=after_of(kind), victim="kill-source"))
     cell.proxy.drop()
     cell.end_destination()
     assert not cell.destination.log.chunks
@@ -162,10 +168,10 @@ def test_source_dies_after_commit(traveller: Traveller, kind: FrameKind) -> None
     traveller.moved_to(cell.destination)
 
 
-@pytest.mark.parametrize("kind", [CONFIG, PAGES, SECTION, END, READY])
+@pytest.mark.parametrize("kind", [CONFIG, CHECK, CHECKED, PAGES, SECTION, END, READY])
 def test_cancelled_before_commit(traveller: Traveller, kind: FrameKind) -> None:
     assert before(kind)
-    cell = attempt(traveller, Strike(kind, Action.CALL, skip_of(kind), victim="cancel"))
+    cell = attempt(traveller, Strike(kind, Action.CALL, skip_of(kind), after=after_of(kind), victim="cancel"))
     assert cell.job is not None and cell.job["status"] == "cancelled"
     cell.require_source_goes_on()
 

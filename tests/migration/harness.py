@@ -22,7 +22,7 @@ from kvmigrate.migration.status import MigrationResult, Status
 from kvmigrate.precopy.ledger import RoundRecord
 from kvmigrate.state.frame import HEADER, decode_header
 from kvmigrate.state.section import Value
-from tests.fake_machine import FakeMachine
+from tests.fake_machine import FakeMachine, FakeTrial
 
 LOCAL = Address("127.0.0.1", 0)
 TIMEOUT_MS = 8000.0
@@ -63,6 +63,7 @@ class Receiving:
         in_doubt_ms: float = 1500.0,
         timeout_ms: float = TIMEOUT_MS,
         prepare: Callable[[FakeMachine], None] | None = None,
+        prepare_trial: Callable[[FakeTrial], None] | None = None,
         listen: Address = LOCAL,
     ) -> None:
         self.machine: FakeMachine | None = None
@@ -70,10 +71,19 @@ class Receiving:
         self.error: BaseException | None = None
         self.watch = Watch()
         self._prepare = prepare
+        self._prepare_trial = prepare_trial
+        self.trials: list[FakeTrial] = []
         self.listener = Listener(listen)
         self.address = self.listener.address
         self.destination = Destination(
-            self.listener, self._build, directory, name, self.watch, timeout_ms=timeout_ms, in_doubt_ms=in_doubt_ms
+            self.listener,
+            self._build,
+            self._examine,
+            directory,
+            name,
+            self.watch,
+            timeout_ms=timeout_ms,
+            in_doubt_ms=in_doubt_ms,
         )
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
@@ -83,6 +93,12 @@ class Receiving:
         if self._prepare is not None:
             self._prepare(self.machine)
         return self.machine
+
+    def _examine(self, description: Mapping[str, Value], *, parts: bool) -> FakeTrial:
+        self.trials.append(FakeTrial(description, parts=parts))
+        if self._prepare_trial is not None:
+            self._prepare_trial(self.trials[-1])
+        return self.trials[-1]
 
     def _run(self) -> None:
         try:

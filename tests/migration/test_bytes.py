@@ -158,7 +158,14 @@ class Actor:
     """Plays the destination's half of a recording to one source: each answer when the frame that asks for it has come.
     Hangs up at the end of ``data``, which may be cut short."""
 
-    ASKS = {"HELLO": "HELLO", "CONFIG": "ACCEPT", "ROUND": "ROUND", "END": "READY", "COMMIT": "RUNNING"}
+    ASKS = {
+        "HELLO": "HELLO",
+        "CONFIG": "ACCEPT",
+        "CHECK": "CHECKED",
+        "ROUND": "ROUND",
+        "END": "READY",
+        "COMMIT": "RUNNING",
+    }
 
     def __init__(self, data: bytes, ends: dict[str, int]) -> None:
         self._data = data

@@ -19,8 +19,10 @@ from kvmigrate.migration.status import Status
 from tests.fake_machine import MIB, FakeMachine
 from tests.migration.harness import Proxy, Receiving, Watch, check_no_files, check_resumed, migrate
 
-OUT = ["HELLO", "CONFIG", "PAGES", "ROUND", "ROUND", "SECTION", "SECTION", "PAGES", "END", "COMMIT", "DONE"]
-BACK = ["HELLO", "ACCEPT", "ROUND", "READY", "RUNNING"]
+TRIED = ["CHECK", "SECTION", "SECTION"]
+LAST = ["ROUND", "SECTION", "SECTION", "PAGES", "END", "COMMIT", "DONE"]
+OUT = ["HELLO", "CONFIG", *TRIED, "PAGES", "ROUND", *LAST]
+BACK = ["HELLO", "ACCEPT", "CHECKED", "ROUND", "READY", "RUNNING"]
 Receive = Callable[..., Receiving]
 
 

@@ -31,9 +31,11 @@ from kvmigrate.migration import wire
 from kvmigrate.migration.abort import Abort
 from kvmigrate.migration.address import Listener, connect
 from kvmigrate.migration.channel import MAX_BYTES, Channel
+from kvmigrate.migration.checks import Check, Checked
 from kvmigrate.migration.journal import Entry, Record, Role
 from kvmigrate.migration.pages import Decompressor
 from kvmigrate.migration.source import Source
+from kvmigrate.state.fidelity import Fidelity
 from kvmigrate.state.frame import FrameHeader, FrameKind, encode_frame, encode_header
 from kvmigrate.state.section import pack, unpack
 from tests.fake_machine import MIB, FakeMachine
@@ -60,7 +62,19 @@ def test_ready_comes_back_as_it_went(digest: int, nr_hashed: int, load_ms: float
 @given(st.binary(max_size=200))
 @pytest.mark.parametrize(
     "parse",
-    [wire.Hello, wire.Resident, wire.Round, wire.End, wire.Ready, wire.Running, wire.Query, wire.Answer, wire.Failed],
+    [
+        wire.Hello,
+        wire.Resident,
+        wire.Round,
+        wire.End,
+        wire.Ready,
+        wire.Running,
+        wire.Query,
+        wire.Answer,
+        wire.Failed,
+        Check,
+        Checked,
+    ],
 )
 def test_any_bytes_are_a_payload_or_a_stream_error(parse: type[wire.End], payload: bytes) -> None:
     try:
@@ -77,6 +91,17 @@ def test_a_field_too_many_or_of_a_wrong_type_is_refused(change: dict[str, object
     value = unpack(wire.End(1, 2, 3, 4, True).to_payload(), "x") | change
     with pytest.raises(BadField):
         wire.End.from_payload(pack(value))
+
+
+def test_the_answer_to_commit_has_room_for_what_64_vcpus_adjust() -> None:
+    fidelity = Fidelity()
+    for cpu in range(64):
+        for item in range(8):
+            fidelity.adjusted(
+                f"vcpu{cpu}.msrs.MSR_{item}", 2**64 - 1, 2**64 - 1, "the TSC goes on from the saved value"
+            )
+    payload = wire.Running(1.0, 1.0, 1.0, fidelity.to_value()).to_payload()
+    assert 16 << 10 < len(payload) <= MAX_BYTES[FrameKind.RUNNING]
 
 
 def test_a_later_format_is_refused_by_number() -> None:

@@ -9,6 +9,7 @@ from kvmigrate.devices.serial import Serial
 from kvmigrate.kvm import vcpu_state, vm_state
 from kvmigrate.kvm.msrs import save_msrs
 from kvmigrate.kvm.structs import layout
+from kvmigrate.kvm.vcpu import Vcpu
 from kvmigrate.migration import incoming
 from kvmigrate.migration.incoming import Incoming, State
 from kvmigrate.migration.source import Source
@@ -16,10 +17,14 @@ from kvmigrate.precopy.rounds import PreCopy
 from kvmigrate.state.frame import FrameKind
 from kvmigrate.state.section import Section
 
+LOST_MSR = 0x277
+"""IA32_PAT: every guest has a value in it that is not 0."""
+SSE2 = 1 << 26
+
 
 def plant(name: str) -> None:
-    """Break kvmigrate in the way called ``name``."""
-    FAULTS[name]()
+    """Break kvmigrate in the way called ``name``, or its host."""
+    (FAULTS | LOSSES)[name]()
 
 
 def _replace(owner: Any, name: str, value: object) -> None:
@@ -46,6 +51,29 @@ def _forget_msr() -> None:
         return found
 
     _replace(vcpu_state, "save_msrs", forgetful)
+
+
+def _lose_msr() -> None:
+    """Be a host that takes an MSR and does not keep it."""
+    set_msrs = Vcpu.set_msrs
+
+    def careless(self: Any, values: Mapping[int, int]) -> list[int]:
+        return set_msrs(self, {index: value for index, value in values.items() if index != LOST_MSR})
+
+    _replace(Vcpu, "set_msrs", careless)
+
+
+def _lose_feature() -> None:
+    """Be a host whose CPU lacks SSE2."""
+    offer = Vcpu.offer_cpuid
+
+    def less(self: Any) -> None:
+        offer(self)
+        self.offered_cpuid = [
+            entry | {"edx": entry["edx"] & ~SSE2} if entry["function"] == 1 else entry for entry in self.offered_cpuid
+        ]
+
+    _replace(Vcpu, "offer_cpuid", less)
 
 
 def _stale_registers() -> None:
@@ -117,7 +145,9 @@ def _run_before_commit() -> None:
     _replace(incoming, "STEPS", steps)
 
 
-FAULTS: Mapping[str, Callable[[], None]] = {
+LOSSES: dict[str, Callable[[], None]] = {"lose-msr": _lose_msr, "lose-feature": _lose_feature}
+"""What is wrong with a host, and not with kvmigrate."""
+FAULTS: dict[str, Callable[[], None]] = {
     "skip-registers": _skip("regs"),
     "stale-registers": _stale_registers,
     "stale-xmm": _skip("xsave"),

@@ -45,6 +45,11 @@ class VirtioBalloon(VirtioDevice):
         """See :meth:`VirtioDevice.serve`."""
         lib.kmig_virtio_balloon_serve(self.handle, self._balloon)
 
+    @property
+    def has_driver(self) -> bool:
+        """Whether a driver has set the device up, and drives it as it should."""
+        return bool(self._status & reg.DRIVER_OK) and not self.handle.broken
+
     def set_target(self, pages: int) -> None:
         """Ask the driver to give up so many pages in all, at most what the guest has."""
         with self._lock:

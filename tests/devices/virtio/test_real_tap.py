@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 import socket
 import struct
@@ -13,7 +14,7 @@ from typing import TypeVar
 
 import pytest
 
-from kvmigrate.devices.tap import open_tap
+from kvmigrate.devices.tap import TUNSETIFF, open_tap
 from kvmigrate.devices.virtio.net import F_GUEST_CSUM, F_GUEST_TSO4, F_GUEST_TSO6, FEATURES
 from kvmigrate.errors import HostError
 from kvmigrate.memory.region import GuestMemory
@@ -81,9 +82,10 @@ def namespace() -> Iterator[Namespace]:
 def tap(namespace: Namespace) -> Iterator[int]:
     """A tap that is up, has an address, and knows the guest's."""
     try:
-        fd = namespace.run(lambda: open_tap(TAP))
-    except HostError as error:
-        pytest.skip(str(error))
+        namespace.ip("tuntap", "add", TAP, "mode", "tap")
+    except subprocess.CalledProcessError as error:
+        pytest.skip(str(error.stderr))
+    fd = namespace.run(lambda: open_tap(TAP))
     namespace.ip("address", "add", "10.9.8.1/24", "dev", TAP)
     namespace.ip("link", "set", TAP, "up")
     namespace.ip("neighbour", "add", "10.9.8.2", "lladdr", MAC.hex(":"), "dev", TAP)
@@ -159,8 +161,57 @@ def test_a_tap_that_another_has_open_is_busy(tap: int, namespace: Namespace) -> 
         namespace.run(lambda: open_tap(TAP))
 
 
-def test_an_interface_that_is_no_tap_is_refused(namespace: Namespace) -> None:
-    with pytest.raises(HostError, match="lo"):
+def test_a_tap_that_does_not_exist_is_not_made(namespace: Namespace) -> None:
+    with pytest.raises(
+        HostError, match=r"tap none: .*it does not exist: create it with ip tuntap add dev none mode tap"
+    ):
+        namespace.run(lambda: open_tap("none"))
+    assert "none" not in names(namespace)
+
+
+def names(namespace: Namespace) -> list[str]:
+    """The interfaces in ``namespace``."""
+    return [name for _, name in namespace.run(socket.if_nameindex)]
+
+
+def test_a_tap_that_goes_away_while_it_is_opened_is_not_made_again(
+    tap: int, namespace: Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tap is deleted between the look and the opening, in which the kernel makes another one."""
+    real = fcntl.ioctl
+
+    def delete_first(fd: int, request: int, argument: bytes) -> object:
+        if request == TUNSETIFF:
+            subprocess.run(["ip", "link", "delete", TAP], check=True)
+        return real(fd, request, argument)
+
+    monkeypatch.setattr(fcntl, "ioctl", delete_first)
+    with pytest.raises(HostError, match="it does not exist"):
+        namespace.run(lambda: open_tap(TAP))
+    assert TAP not in names(namespace)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("tuntap", "add", "it", "mode", "tap", "multi_queue"), "it has several queues: delete it"),
+        (("tuntap", "add", "it", "mode", "tun"), "the interface of that name is no tap"),
+        (("link", "add", "it", "type", "bridge"), "the interface of that name is no tap"),
+    ],
+)
+def test_an_interface_that_is_no_tap_of_one_queue_is_refused_by_what_it_is(
+    namespace: Namespace, arguments: tuple[str, ...], says: str
+) -> None:
+    try:
+        namespace.ip(*arguments)
+    except subprocess.CalledProcessError as error:
+        pytest.skip(str(error.stderr))
+    with pytest.raises(HostError, match=rf"tap it: .*{says}"):
+        namespace.run(lambda: open_tap("it"))
+
+
+def test_an_interface_that_the_kernel_always_has_is_no_tap(namespace: Namespace) -> None:
+    with pytest.raises(HostError, match=r"tap lo: .*is no tap"):
         namespace.run(lambda: open_tap("lo"))
 
 

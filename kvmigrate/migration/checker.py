@@ -1,0 +1,98 @@
+"""The source's side of a check: show the destination the state of a guest that runs on, and hear the answer."""
+
+from __future__ import annotations
+
+import time
+
+from ..config import PAGE_BYTES, Address
+from ..contract import Migratable, RunState
+from ..errors import BadField, Cancelled, KvmigrateError, StateError
+from ..state.frame import HEADER, FrameKind
+from ..state.section import encode
+from . import wire
+from .abort import Abort
+from .address import connect
+from .blackout import Stopwatch, quiet_interpreter
+from .channel import Channel, expect
+from .checks import CHECK, ONLY, Check, Checked, CheckResult
+from .handover import refuse_ended
+
+MOVABLE = (RunState.RUNNING, RunState.PAUSED, RunState.PRELAUNCH)
+BUILD_MS_PER_GIB = 1000.0
+"""What a destination may take, beyond the timeout, to build and touch each GiB of guest memory."""
+
+
+def introduce(channel: Channel, hello: wire.Hello) -> None:
+    """Say HELLO and hear the destination's. Raises :class:`BadField` when that answers somebody else."""
+    channel.send_payloads([(FrameKind.HELLO, hello.to_payload())])
+    back = wire.Hello.from_payload(expect(channel, FrameKind.HELLO).payload)
+    if (back.uuid, back.epoch) != (hello.uuid, hello.epoch):
+        raise BadField(f"{channel.peer} answers for another guest ({back.uuid}): is it an old connection?")
+
+
+def require_movable(machine: Migratable) -> None:
+    """Raise :class:`StateError` for a guest that has ended or is not here yet."""
+    if machine.runstate not in MOVABLE:
+        raise StateError(machine.runstate.value, "running or paused")
+
+
+def patience_ms(channel: Channel, machine: Migratable) -> float:
+    """How long to wait for a destination that builds a machine as large as ``machine``."""
+    return channel.timeout_ms + machine.memory.size_bytes / (1 << 30) * BUILD_MS_PER_GIB
+
+
+def ask_check(channel: Channel, machine: Migratable) -> CheckResult:
+    """Send the guest's state to be tried, and wait for the answer. Raises what :func:`expect` and
+    :meth:`Migratable.sample` raise."""
+    watch = Stopwatch()
+    # The guest's own exits must not wait for the interpreter meanwhile either.
+    with quiet_interpreter():
+        sampled, pause_ms = machine.sample()
+        sections = [(FrameKind.SECTION, encode(section)) for section in sampled]
+    refuse_ended(machine)
+    size_bytes = sum(HEADER.size + len(payload) for _, payload in sections)
+    resident_bytes = PAGE_BYTES * sum(nr for _, nr in machine.memory.resident_runs(wire.MAX_RESIDENT_RUNS))
+    head = Check(len(sections), size_bytes, resident_bytes)
+    channel.send_payloads([(FrameKind.CHECK, head.to_payload()), *sections])
+    answer = expect(channel, FrameKind.CHECKED, patience_ms(channel, machine))
+    return CheckResult(Checked.from_payload(answer.payload), pause_ms, watch.total())
+
+
+class Checker:
+    """One check of ``machine`` against who receives at ``address``; used once. Others may call :meth:`cancel`."""
+
+    def __init__(self, machine: Migratable, address: Address, timeout_ms: float) -> None:
+        self._machine = machine
+        self._address = address
+        self._timeout_ms = timeout_ms
+        self._abort = Abort()
+
+    def run(self) -> CheckResult:
+        """Check. The guest stays as it is, whatever happens.
+
+        Raises :class:`StateError`, :class:`Cancelled`, :class:`PeerFailed`, :class:`ChannelError`,
+        :class:`StreamError` or :class:`HostError`."""
+        require_movable(self._machine)
+        try:
+            connected = connect(self._address, self._abort, self._timeout_ms)
+            channel = Channel(connected, self._abort, self._timeout_ms, str(self._address))
+            try:
+                return self._check(channel)
+            finally:
+                channel.close()
+        finally:
+            self._abort.close()
+
+    def _check(self, channel: Channel) -> CheckResult:
+        description = dict(self._machine.describe())
+        uuid, name = str(description["uuid"]), str(description["name"])
+        introduce(channel, wire.Hello(wire.FORMAT, (CHECK, ONLY), uuid, time.time_ns(), name))
+        channel.send(FrameKind.CONFIG, description)
+        # Nothing in a pause should be done for the first time.
+        self._machine.rehearse()
+        wire.expect_empty(expect(channel, FrameKind.ACCEPT).payload, FrameKind.ACCEPT)
+        return ask_check(channel, self._machine)
+
+    def cancel(self, reason: KvmigrateError | None = None) -> None:
+        """Ask no further, for ``reason`` or because the operator wants it."""
+        self._abort.fire(reason or Cancelled("cancelled by the operator: the guest runs on, unchecked"))
