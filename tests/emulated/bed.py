@@ -15,15 +15,15 @@ CACHE = image.ROOT / "build" / "emulated"
 _building = threading.Lock()
 
 
-def run(command: str, directory: Path, timeout_s: float, *more: str) -> Outcome:
-    """Boot a fresh host that runs ``command`` with kvmigrate installed. ``directory`` keeps what it leaves; ``more`` is
-    for QEMU."""
+def run(command: str, directory: Path, timeout_s: float, *more: str, cpus: int = 2) -> Outcome:
+    """Boot a fresh host of ``cpus`` that runs ``command`` with kvmigrate installed. ``directory`` keeps what it leaves;
+    ``more`` is for QEMU."""
     job = directory / "job.cpio"
     # One at a time: a build writes beside the sources.
     with _building:
         linux, base = prepare()
         image.write_job(job, linux, image.build_wheel(directory), command)
-    return boot(linux.image, [base, job], directory, timeout_s, *more)
+    return boot(linux.image, [base, job], directory, timeout_s, *more, cpus=cpus)
 
 
 def prepare() -> tuple[kernel.Kernel, Path]:
@@ -44,5 +44,6 @@ def _key(linux: kernel.Kernel) -> str:
     """Changes with anything that the base is made of."""
     packages = sorted(f"{one.name} {one.version}" for one in metadata.distributions())
     sources = [Path(str(module.__file__)).read_text() for module in (image, cpio, guest, kernel)]
+    sources.append(guest.LOAD.read_text())
     parts = [sys.version, str(image.python()), linux.image.name, *packages, *sources]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]

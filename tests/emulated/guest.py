@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import io
 import shutil
+import subprocess
+import tempfile
 from pathlib import Path
 
 from .cpio import Archive
@@ -18,7 +20,9 @@ DRIVERS = ("virtio-mmio", "virtio-blk", "virtio-net", "virtio-rng", "virtio-cons
 TOOLS = (
     "sh", "mount", "insmod", "cat", "ls", "echo", "sleep", "dmesg", "grep", "nproc", "stty", "poweroff", "reboot", "dd",
     "md5sum", "sync", "ifconfig", "ip", "ping", "nc", "wc", "cut", "usleep", "cmp", "uptime", "mkdir", "awk", "kill",
+    "pkill",
 )  # fmt: skip
+LOAD = Path(__file__).with_name("load.c")
 INIT = """#!/bin/sh
 export PATH=/bin
 mount -t proc proc /proc; mount -t sysfs sys /sys; mount -t devtmpfs dev /dev; mount -t tmpfs tmp /tmp
@@ -33,12 +37,22 @@ poweroff -f
 
 
 def add_guest(archive: Archive, kernel: Kernel) -> None:
-    """Put the guest's kernel and initramfs into the host's file system."""
+    """Put the guest's kernel and initramfs into the host's file system, and the work for both to do."""
+    load = _build_load()
     archive.add(kernel.image, KERNEL)
-    archive.add_bytes(INITRD, _initramfs(kernel))
+    archive.add_bytes(INITRD, _initramfs(kernel, load))
+    archive.add_bytes("bin/load", load, 0o755)
 
 
-def _initramfs(kernel: Kernel) -> bytes:
+def _build_load() -> bytes:
+    with tempfile.TemporaryDirectory() as directory:
+        program = Path(directory) / "load"
+        command = ["gcc", "-static", "-O2", "-s", "-Wall", "-Wextra", "-Werror", "-o", str(program), str(LOAD)]
+        subprocess.run(command, check=True)
+        return program.read_bytes()
+
+
+def _initramfs(kernel: Kernel, load: bytes) -> bytes:
     out = io.BytesIO()
     archive = Archive(out)
     for name in ("proc", "sys", "dev", "tmp"):
@@ -49,6 +63,7 @@ def _initramfs(kernel: Kernel) -> bytes:
     drivers = kernel.modules(DRIVERS)
     for name, content in drivers:
         archive.add_bytes(f"modules/{name}.ko", content)
+    archive.add_bytes("bin/load", load, 0o755)
     archive.add_bytes("init", INIT.format(drivers=" ".join(name for name, _ in drivers)).encode(), 0o755)
     archive.close()
     return out.getvalue()

@@ -12,7 +12,7 @@ import zstandard
 
 # Meta packages in order of preference: Debian's, Ubuntu's. Each depends on the image of one version.
 META_PACKAGES = ("linux-image-cloud-amd64", "linux-image-virtual", "linux-image-generic")
-MODULES = ("kvm-amd", "tun", "bridge", "virtio-pci", "virtio-net")
+MODULES = ("kvm-amd", "tun", "bridge", "virtio-pci", "virtio-net", "virtio-blk")
 
 
 class Kernel:
