@@ -14,10 +14,13 @@ from .cpio import Archive
 from .kernel import Kernel
 
 KERNEL, INITRD = "/guest/vmlinuz", "/guest/initrd"
+FULL_KERNEL, FULL_VMLINUX, FULL_INITRD = "/guest/full/vmlinuz", "/guest/full/vmlinux", "/guest/full/initrd"
 DRIVERS = ("virtio-mmio", "virtio-blk", "virtio-net", "virtio-rng", "virtio-console", "button")
+DRIVERS += ("virtio-balloon", "pvpanic-mmio", "evdev")
 TOOLS = (
     "sh", "mount", "insmod", "cat", "ls", "echo", "sleep", "dmesg", "grep", "nproc", "stty", "poweroff", "reboot", "dd",
     "md5sum", "sync", "ifconfig", "ip", "ping", "nc", "wc", "cut", "usleep", "cmp", "uptime", "mkdir", "awk", "kill",
+    "od",
 )  # fmt: skip
 INIT = """#!/bin/sh
 export PATH=/bin
@@ -36,6 +39,13 @@ def add_guest(archive: Archive, kernel: Kernel) -> None:
     """Put the guest's kernel and initramfs into the host's file system."""
     archive.add(kernel.image, KERNEL)
     archive.add_bytes(INITRD, _initramfs(kernel))
+
+
+def add_full_guest(archive: Archive, kernel: Kernel) -> None:
+    """Put the kernel for real machines in beside it: as bzImage, as the ELF file in that, and with its own modules."""
+    archive.add(kernel.image, FULL_KERNEL)
+    archive.add_bytes(FULL_VMLINUX, kernel.vmlinux())
+    archive.add_bytes(FULL_INITRD, _initramfs(kernel))
 
 
 def _initramfs(kernel: Kernel) -> bytes:
