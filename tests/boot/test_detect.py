@@ -10,7 +10,7 @@ import pytest
 
 from kvmigrate.boot import load_boot
 from kvmigrate.boot.detect import detect
-from kvmigrate.boot.image import Image
+from kvmigrate.boot.image import Image, read_image
 from kvmigrate.config import BootConfig
 from kvmigrate.errors import ConfigError
 
@@ -116,6 +116,12 @@ def test_an_initrd_larger_than_memory_is_refused_before_it_is_read_whole(load: L
         file.truncate(1 << 40)
     with pytest.raises(ConfigError, match=f"the initrd is larger than {MIB} bytes"):
         load(multiboot_kernel(tmp_path), MIB, initrd=sparse)
+
+
+def test_reading_an_initrd_takes_the_memory_of_the_initrd_not_of_the_guest(tmp_path: Path) -> None:
+    path = tmp_path / "initrd"
+    path.write_bytes(b"small")
+    assert read_image(path, "initrd", 1 << 45).data == b"small"
 
 
 @pytest.mark.parametrize("cmdline", ["a\0b", "x" * 20000])

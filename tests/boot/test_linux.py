@@ -183,8 +183,8 @@ def test_every_cut_of_a_file_is_refused_by_name(load: Load, tmp_path: Path) -> N
     whole = image.read_bytes()
     boundaries = (0x1F1, 0x1FE, 0x206, 0x290, 5 * 512, 5 * 512 + 0x200, len(whole) - 16)
     sizes = {at + by for at in boundaries for by in (-1, 0, 1)} | {*range(1, len(whole) - 16, 61)}
-    # One with a sector's signature and without all of HdrS is a boot sector, as far as anyone can tell. The last 15 bytes
-    # may be missing: the header counts paragraphs.
+    # One with a sector's signature and without all of HdrS is a boot sector, as far as anyone can tell. The last 15
+    # bytes may be missing: the header counts paragraphs.
     for size in sorted(sizes - {*range(0x200, 0x206), len(whole) - 15}):
         image.write_bytes(whole[:size])
         with pytest.raises(ConfigError, match=f"^{image}: ") as caught:

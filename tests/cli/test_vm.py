@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import asyncio
+import functools
 import signal
 import subprocess
 from collections.abc import Iterator

@@ -131,9 +131,7 @@ def test_a_disk_on_a_read_only_file_system_is_refused_with_what_to_do(small_moun
     open_disk("root", path, read_only=True).close()
 
 
-def test_a_file_that_shrank_is_an_error_and_does_not_grow_again(
-    disk: Disk, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_file_that_shrank_is_an_error_and_does_not_grow_again(disk: Disk, capfd: pytest.CaptureFixture[str]) -> None:
     os.truncate(disk.path, 4096)
     assert disk.request(IN, 64, into=512) == IOERR
     assert disk.request(OUT, 64, b"x" * 512) == IOERR
