@@ -93,7 +93,7 @@ class SmallMount:
         command = ["unshare", "--map-root-user", "--mount", "sh"]
         self._shell = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         mounted = self.run(f"mount -t tmpfs -o size={SMALL_BYTES} small /mnt 2>/dev/null && echo yes || echo no")
-        self.path = Path(f"/proc/{self._shell.pid}/root/mnt")
+        self.path = Path(f"/proc/{self._shell.pid}/root", "mnt")
         self.is_there = mounted == "yes"
 
     def run(self, command: str) -> str:
