@@ -48,8 +48,8 @@ class VirtioBlock(VirtioDevice):
                 "id": image.name.encode()[:ID_BYTES],
             },
         )
-        self.nr_told = 0
-        """How often the host was told why requests fail."""
+        self.told: set[int] = set()
+        """The errors of the image that the host was told of."""
         super().__init__(f"disk-{image.name}", memory)
 
     @property
@@ -79,13 +79,15 @@ class VirtioBlock(VirtioDevice):
             self._tell(self._disk.host_error)
 
     def _tell(self, error: int) -> None:
-        """Say why the guest's requests fail: once, until they fail for another reason."""
+        """Say why the guest's requests fail: each reason once, or a guest could fill the host's log."""
+        if error in self.told:
+            return
         why = "is shorter than when the guest found it" if error == errno.ENODATA else os.strerror(error)
         what = f"disk {self.image.name}: {self.image.path}: {why}: the guest got an I/O error"
         # Nobody may be left to read it, which is no reason for the disk to stop.
         with suppress(OSError, ValueError):
             print(f"kvmigrate: {what}", file=sys.stderr, flush=True)
-        self.nr_told += 1
+        self.told.add(error)
 
     @property
     def nr_requests(self) -> int:

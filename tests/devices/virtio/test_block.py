@@ -114,7 +114,7 @@ def test_a_full_file_system_fails_the_writes_that_need_room_and_is_told_of_once(
     fitting = answers.index(IOERR)
     assert 0 < fitting <= SMALL_BYTES // size
     assert answers == [OK] * fitting + [IOERR] * (len(answers) - fitting)
-    wait_until(lambda: disk.device.nr_told > 0, "the host is told")
+    wait_until(lambda: bool(disk.device.told), "the host is told")
     assert disk.request(OUT, 0, b"y" * size) == OK, "what has room already is written"
     assert disk.request(IN, 0, into=512) == OK
     assert disk.driver.take(READ_GPA, 512) == b"y" * 512
@@ -138,7 +138,7 @@ def test_a_file_that_shrank_is_an_error_and_does_not_grow_again(disk: Disk, capf
     assert disk.request(DISCARD, 0, struct.pack("<QII", 64, 1, 0)) == IOERR
     assert disk.path.stat().st_size == 4096
     assert disk.request(IN, 0, into=4096) == OK, "what is left of it can be read"
-    wait_until(lambda: disk.device.nr_told > 0, "the host is told")
+    wait_until(lambda: bool(disk.device.told), "the host is told")
     [told] = capfd.readouterr().err.splitlines()
     assert told.startswith(f"kvmigrate: disk root: {disk.path}: is shorter than when the guest found it")
 
