@@ -15,15 +15,16 @@ CACHE = image.ROOT / "build" / "emulated"
 _building = threading.Lock()
 
 
-def run(command: str, directory: Path, timeout_s: float, *more: str, cpus: int = 2) -> Outcome:
+def run(command: str, directory: Path, timeout_s: float, *more: str, cpus: int = 2, full: bool = False) -> Outcome:
     """Boot a fresh host of ``cpus`` that runs ``command`` with kvmigrate installed. ``directory`` keeps what it leaves;
-    ``more`` is for QEMU."""
+    ``more`` is for QEMU. A ``full`` one has the distribution's kernel for real machines too, for a guest."""
     job = directory / "job.cpio"
     # One at a time: a build writes beside the sources.
     with _building:
         linux, base = prepare()
         image.write_job(job, linux, image.build_wheel(directory), command)
-    return boot(linux.image, [base, job], directory, timeout_s, *more, cpus=cpus)
+        archives = [base, *([prepare_full()] if full else []), job]
+    return boot(linux.image, archives, directory, timeout_s, *more, cpus=cpus)
 
 
 def prepare() -> tuple[kernel.Kernel, Path]:
@@ -38,6 +39,22 @@ def prepare() -> tuple[kernel.Kernel, Path]:
         image.write_base(beside, linux)
         beside.rename(base)
     return linux, base
+
+
+def prepare_full() -> Path:
+    """The archive with the other kernel, which few hosts need; kept as well."""
+    linux = kernel.fetch(CACHE / "full", kernel.FULL_META_PACKAGES)
+    path = CACHE / f"full-{_key(linux)}.cpio"
+    if not path.exists():
+        for old in CACHE.glob("full-*"):
+            old.unlink()
+        beside = path.with_suffix(".new")
+        with beside.open("wb") as out:
+            archive = cpio.Archive(out)
+            guest.add_full_guest(archive, linux)
+            archive.close()
+        beside.rename(path)
+    return path
 
 
 def _key(linux: kernel.Kernel) -> str:

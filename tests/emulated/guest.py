@@ -16,11 +16,13 @@ from .cpio import Archive
 from .kernel import Kernel
 
 KERNEL, INITRD = "/guest/vmlinuz", "/guest/initrd"
+FULL_KERNEL, FULL_VMLINUX, FULL_INITRD = "/guest/full/vmlinuz", "/guest/full/vmlinux", "/guest/full/initrd"
 DRIVERS = ("virtio-mmio", "virtio-blk", "virtio-net", "virtio-rng", "virtio-console", "button")
+DRIVERS += ("virtio-balloon", "pvpanic-mmio", "evdev")
 TOOLS = (
     "sh", "mount", "insmod", "cat", "ls", "echo", "sleep", "dmesg", "grep", "nproc", "stty", "poweroff", "reboot", "dd",
     "md5sum", "sync", "ifconfig", "ip", "ping", "nc", "wc", "cut", "usleep", "cmp", "uptime", "mkdir", "awk", "kill",
-    "pkill",
+    "pkill", "od",
 )  # fmt: skip
 LOAD = Path(__file__).with_name("load.c")
 INIT = """#!/bin/sh
@@ -50,6 +52,13 @@ def _build_load() -> bytes:
         command = ["gcc", "-static", "-O2", "-s", "-Wall", "-Wextra", "-Werror", "-o", str(program), str(LOAD)]
         subprocess.run(command, check=True)
         return program.read_bytes()
+
+
+def add_full_guest(archive: Archive, kernel: Kernel) -> None:
+    """Put the kernel for real machines in beside it: as bzImage, as the ELF file in that, and with its own modules."""
+    archive.add(kernel.image, FULL_KERNEL)
+    archive.add_bytes(FULL_VMLINUX, kernel.vmlinux())
+    archive.add_bytes(FULL_INITRD, _initramfs(kernel, _build_load()))
 
 
 def _initramfs(kernel: Kernel, load: bytes) -> bytes:
