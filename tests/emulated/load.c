@@ -14,7 +14,7 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-enum { BLOCK_BYTES = 16 << 10, BLOCK_WORDS = BLOCK_BYTES / 8, REST_US = 2000 };
+enum { BLOCK_BYTES = 16 << 10, BLOCK_WORDS = BLOCK_BYTES / 8, REST_US = 10000 };
 
 static int status_fd;
 
@@ -160,7 +160,7 @@ static void serve(uint16_t port)
         if (send(client, words, BLOCK_BYTES, MSG_NOSIGNAL) != BLOCK_BYTES)
             bad("send", block);
         say("%lu rounds\n", (unsigned long)block + 1);
-        usleep(50 * REST_US);
+        usleep(10 * REST_US);
     }
 }
 

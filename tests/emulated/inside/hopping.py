@@ -104,7 +104,7 @@ def begin(client: Client, address: str, **parameters: Any) -> Any:
     deadline = time.monotonic() + PATIENCE_S
     while True:
         client.execute("migrate", {"uri": address})
-        while (job := client.execute("x-kvmigrate-job"))["status"] == "setup":
+        while (job := client.execute("x-kvmigrate-job"))["status"] in ("none", "setup"):
             time.sleep(0.1)
         if job["status"] != "failed" or "refused" not in str(job["error"]):
             return job

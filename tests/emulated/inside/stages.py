@@ -42,7 +42,7 @@ def move_at(world: World, guest: Process, text: str) -> Process:
 
 def wait_for_pages(client: Client) -> None:
     """Return once the migration under way sends memory."""
-    while (job := client.execute("x-kvmigrate-job"))["status"] == "setup":
+    while (job := client.execute("x-kvmigrate-job"))["status"] in ("none", "setup"):
         time.sleep(0.05)
     assert job["status"] == "active", job
 
