@@ -88,7 +88,7 @@ def attached(host: Host, *arguments: str) -> Iterator[Screen]:
     """A console on a terminal; it has been told that it is attached."""
     screen = Screen(host, *arguments)
     try:
-        screen.wait_for(b"attached to VM")
+        screen.wait_for(b" detaches\r\n")
         wait_until(lambda: screen.is_raw, "a raw terminal")
         yield screen
     finally:
