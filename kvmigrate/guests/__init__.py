@@ -1,7 +1,8 @@
 """The test guests of kvmigrate: multiboot images in assembly, built together with the package.
 
 ``ledger`` writes to its memory all the time and checks all of it for ever; ``idle`` sleeps and prints one
-heartbeat per wake. Their parameters are listed at the end of ``setup.S``.
+heartbeat per wake; ``writer`` rewrites a part of its memory at a given speed. Their parameters are listed at the
+end of ``setup.S``.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from pathlib import Path
 
 from ..errors import ConfigError
 
-NAMES = ("idle", "ledger")
+NAMES = ("idle", "ledger", "writer")
 
 
 def path(name: str) -> Path:

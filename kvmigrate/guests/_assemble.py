@@ -14,7 +14,7 @@ from setuptools.command.build_py import build_py
 
 SOURCES = Path("kvmigrate/guests")
 COMMON = ("boot", "traps", "output", "setup", "memory")
-GUESTS = {"idle": (), "ledger": ("pages", "registers")}
+GUESTS = {"idle": (), "ledger": ("pages", "registers"), "writer": ()}
 
 LINK = ("-m", "elf_x86_64", "-nostdlib", "--build-id=none", "--no-warn-rwx-segments", "--fatal-warnings")
 

@@ -9,7 +9,7 @@
 
 #define MAX_CPUS        8
 #define STACK_BYTES     4096
-#define MAPPED_GIB      8               // RAM above this is left alone
+#define MAPPED_GIB      16              // RAM above this is left alone
 
 #define KERNEL_CS       0x08
 #define KERNEL_DS       0x10

@@ -1,4 +1,4 @@
-// The guest for speed figures: incompressible data in `fill` MiB, then sleep; one heartbeat per timer interrupt.
+// The guest for speed figures: data in `fill` MiB, then sleep; one heartbeat per timer interrupt.
 //
 // Prints `H <vcpu> <seq>`: short, so that it costs nearly no CPU.
 #include "guest.h"

@@ -8,9 +8,11 @@
 
 #define FOUR_GIB        0x100000000
 #define FILL_KEY        0x9e3779b97f4a7c15
+#define KIND_TEXT       1
+#define KIND_HALF_ZERO  2
 
     .text
-    .globl place_pages, fill_memory, check_fill_page
+    .globl place_pages, fill_memory, check_fill_page, fill_page_address, fill_step
 
 place_pages:
     mov rcx, [param_pages]
@@ -85,7 +87,7 @@ too_small:
     lea rsi, [text_memory]
     jmp fail
 
-// `fill` MiB of incompressible pages, from low RAM upwards.
+// `fill` MiB of data of the kind that `kind` names, from low RAM upwards.
 fill_memory:
     mov rbx, [param_fill]
     shl rbx, 8
@@ -97,8 +99,8 @@ fill_memory:
     mov rdx, FILL_KEY
     xor rdx, rdi
     lea rsi, [rdi + 4096]
-2:  call fill_step
-    mov [rdi], rdx
+2:  call fill_word
+    mov [rdi], rax
     add rdi, 8
     cmp rdi, rsi
     jb 2b
@@ -120,6 +122,32 @@ fill_page_address:
     jae too_small
 1:  ret
 
+// rax = what belongs at rdi; rdx, the generator's state, goes one on.
+fill_word:
+    call fill_step
+    mov rax, rdx
+    cmp qword ptr [param_kind], KIND_TEXT
+    je 1f
+    jb 9f
+    test edi, 4096                      // KIND_HALF_ZERO: every second page was written, with zeros
+    jz 9f
+    xor eax, eax
+    ret
+1:  test edi, 8                         // one word of a vocabulary, then one of common letters
+    jz 2f
+    shr rax, 58
+    mov rax, [vocabulary + rax * 8]
+    ret
+2:  movd xmm0, eax
+    psrld xmm0, 4
+    movd xmm1, eax
+    punpcklbw xmm1, xmm0
+    pand xmm1, [low_nibbles]
+    movdqa xmm0, [letters]
+    pshufb xmm0, xmm1
+    movq rax, xmm0
+9:  ret
+
 // rdx = the next number of xorshift64, which started from the page's address.
 fill_step:
     mov rax, rdx
@@ -139,15 +167,15 @@ check_fill_page:
     mov rdx, FILL_KEY
     xor rdx, rdi
     lea rsi, [rdi + 4096]
-1:  call fill_step
-    cmp [rdi], rdx
+1:  call fill_word
+    cmp [rdi], rax
     jne 2f
     add rdi, 8
     cmp rdi, rsi
     jb 1b
     ret
-2:  mov rax, [rdi]
-    mov rbx, rdx
+2:  mov rbx, rax
+    mov rax, [rdi]
     mov rcx, rdi
     lea rsi, [text_fill]
     jmp fail
@@ -157,6 +185,20 @@ text_memory:
     .asciz "memory is too small: pages, end of low RAM, end of high RAM,"
 text_fill:
     .asciz "filled page changed: found, expected, gpa,"
+    .balign 16
+letters:                                // 4 bits a letter: about as dense as names and numbers in a text
+    .ascii "etaoin srhld\nucm"
+low_nibbles:
+    .fill 16, 1, 15
+vocabulary:                             // 64 words of 8 bytes
+    .ascii "which   their   would   there   because people  through between "
+    .ascii "another without nothing against himself already thought general "
+    .ascii "country looking brought herself whether present certain several "
+    .ascii "morning believe perhaps evening replied towards through company "
+    .ascii "subject history account natural certain service purpose problem "
+    .ascii "develop program support provide control process produce nations "
+    .ascii "kingdom nothing however further example receive machine measure "
+    .ascii "quality picture weather reading library science chapter section "
 
     .bss
     .balign 8

@@ -1,4 +1,4 @@
-// What both guests do first: parameters, memory, the clock, the timer and the other vCPUs.
+// What all guests do first: parameters, memory, the clock, the timer and the other vCPUs.
 #include "guest.h"
     .intel_syntax noprefix
 
@@ -300,8 +300,11 @@ param_\name: .quad \default
 parameters:
     parameter cpus, 1                   // vCPUs to use
     parameter hz, 1000                  // LAPIC timer interrupts per second
-    parameter beat, 0                   // milliseconds between two heartbeats; 0: 1 in idle, 5 in ledger
-    parameter fill, 0                   // MiB of incompressible data
+    parameter beat, 0                   // milliseconds between two heartbeats; 0: 1 in idle and writer, 5 in ledger
+    parameter fill, 0                   // MiB of data that stays as it is
+    parameter kind, 0                   // of that data: 0 incompressible, 1 like a text, 2 every second page zero
+    parameter hot, 0                    // writer: MiB that are written again and again
+    parameter speed, 0                  // writer: MiB written per second; 0: as many as it can
     parameter pages, 1024               // pages under the ledger
     parameter rate, 20                  // updates per millisecond and vCPU; 0: as many as it can
     parameter beats, 0                  // power off after that many heartbeats of vCPU 0; 0: never

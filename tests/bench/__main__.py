@@ -1,67 +1,75 @@
-"""``python -m tests.bench``: measure, print the tables, write them and every sample under build/."""
+"""``python -m tests.bench``: measure, print the tables, write them with every sample and the plots."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import signal
 import sys
+import time
 from pathlib import Path
 
-from .plan import Group, groups
-from .report import facts, table, verdict
-from .runs import TMPFS, scratch
+from .goals import Group, Plan
+from .output import Output
+from .plan import PLANS
+from .report import section
 from .samples import interleave
+from .scratch import TMPFS, scratch
+from .sizes import make_small
 
-OUT = Path("build")
-PAGE = Path("docs/performance.md")
-BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
+DOCS = Path("docs/benchmarks")
+PARTIAL = Path("build/bench")
 
 
 def arguments() -> argparse.Namespace:
     """What the command line asks for."""
+    names = ",".join(plan.name for plan in PLANS)
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
-    parser.add_argument("--runs", type=int, default=5, help="runs of every row (default 5)")
-    parser.add_argument("--blackout-runs", type=int, default=15, help="runs of the blackout's rows (default 15)")
-    parser.add_argument("--only", default="", help="groups, with commas: full,empty,blackout,save,restore")
-    parser.add_argument("--write-docs", action="store_true", help=f"put the tables into {PAGE}")
-    return parser.parse_args()
+    parser.add_argument("--runs", type=int, help="runs of every row (default: by group)")
+    parser.add_argument("--only", default="", metavar="GROUPS", help=f"some groups, with commas: {names}")
+    parser.add_argument("--out", type=Path, help=f"where to write (default {DOCS}, with --only {PARTIAL})")
+    parser.add_argument("--minutes", type=float, default=17, help="after that every row has one run only (default 17)")
+    parser.add_argument("--small", action="store_true", help="small guests, to try the bench itself")
+    asked = parser.parse_args()
+    asked.only = list(filter(None, asked.only.split(",")))
+    if unknown := set(asked.only) - {plan.name for plan in PLANS}:
+        parser.error(f"there is no group {', '.join(sorted(unknown))}: take some of {names}")
+    asked.out = asked.out or (PARTIAL if asked.only or asked.small else DOCS)
+    return asked
 
 
-def measure(group: Group, runs: int) -> str:
-    """Run one group and return its table and what it says of the goal."""
-    print(f"\n{group.title}", file=sys.stderr)
-    interleave(group.rows, runs, lambda text: print(f"  {text}", file=sys.stderr, flush=True))
-    return f"### {group.title}\n\n{table(group)}\n\n{verdict(group)}\n"
-
-
-def write(texts: list[str], measured: list[Group], *, docs: bool) -> None:
-    """Write what is known so far: a run takes long, and may be stopped."""
-    OUT.mkdir(exist_ok=True)
-    text = "\n".join(texts)
-    (OUT / "bench.md").write_text(text)
-    values = {group.name: {row.name: row.to_value() for row in group.rows} for group in measured}
-    (OUT / "bench.json").write_text(json.dumps({"facts": facts(), "groups": values}, indent=1))
-    if docs:
-        before, _, rest = PAGE.read_text().partition(BEGIN)
-        PAGE.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}")
+def measure(plan: Plan, runs: int, files: Path, until: float) -> Group:
+    """Run one group. One that cannot be opened on this machine is a group without rows that says so."""
+    began = time.monotonic()
+    try:
+        with plan.open(files) as group:
+            print(f"\n{plan.name}: {group.title}", file=sys.stderr)
+            interleave(group.rows, runs, until, lambda text: print(f"  {text}", file=sys.stderr, flush=True))
+    except OSError as error:
+        group = Group(f"{plan.name}: not measured here", [], [], note=f"{type(error).__name__}: {error}")
+    group.name = plan.name
+    print(f"{plan.name} took {time.monotonic() - began:.0f} s", file=sys.stderr)
+    return group
 
 
 def main() -> int:
-    """Measure what was asked for. Exit status 1 when a run failed; a missed goal is told, not failed."""
+    """Measure what was asked for. Exit status 1 when a run of kvmigrate failed; a missed goal is told."""
     asked = arguments()
     # So that what runs is ended and the files are removed.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    wanted = set(filter(None, asked.only.split(",")))
-    texts, measured = [facts()], []
+    sys.setswitchinterval(1e-4)  # the threads that listen to heartbeats must not wait for each other
+    if asked.small:
+        make_small()
+    until = time.monotonic() + asked.minutes * 60
+    output = Output(asked.out)
+    groups = []
     with scratch(TMPFS) as files:
-        for group in groups(files):
-            if not wanted or group.name in wanted:
-                texts.append(measure(group, asked.blackout_runs if group.name == "blackout" else asked.runs))
-                measured.append(group)
-                write(texts, measured, docs=asked.write_docs)
-    print("\n".join(texts))
-    return int(any(row.failures for group in measured for row in group.rows))
+        for plan in PLANS:
+            if not asked.only or plan.name in asked.only:
+                runs = asked.runs or plan.runs
+                groups.append(measure(plan, runs, files, until))
+                print(section(groups[-1], runs), flush=True)
+                output.write(groups, runs={one.name: asked.runs or one.runs for one in PLANS})
+    return int(any(row.failures for group in groups for row in group.rows if row.ours))
 
 
 if __name__ == "__main__":

@@ -8,11 +8,15 @@ import time
 from pathlib import Path
 
 
+class GuestDamaged(RuntimeError):
+    """The guest found that its memory or state is not what it wrote."""
+
+
 class Heartbeats:
     """When the bytes of one VM's serial port arrived, on this process's monotonic clock, in nanoseconds.
 
-    The VM connects to ``path``. One thread reads; it keeps the first and the last time, and the longest silence since
-    whoever set it to 0.
+    The VM connects to ``path``. One thread reads; it keeps the first and the last time, the longest silence since
+    whoever set it to 0, and a line with which the guest says that it is damaged.
     """
 
     def __init__(self, path: Path) -> None:
@@ -20,6 +24,7 @@ class Heartbeats:
         self.first_ns: int | None = None
         self.last_ns: int | None = None
         self.longest_silence_ns = 0
+        self.complaint = ""
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._listener.bind(str(path))
         self._listener.listen(1)
@@ -30,13 +35,15 @@ class Heartbeats:
     def _read(self) -> None:
         try:
             self._connection, _ = self._listener.accept()
-            while self._connection.recv(65536):
+            while data := self._connection.recv(65536):
                 now = time.monotonic_ns()
                 self.longest_silence_ns = max(self.longest_silence_ns, now - (self.last_ns or now))
                 self.last_ns = now
                 if self.first_ns is None:
                     self.first_ns = now
                     self._alive.set()
+                if self.complaint or b"B" in data:
+                    self.complaint += data.decode(errors="replace")
         except OSError:
             pass
 
@@ -46,6 +53,19 @@ class Heartbeats:
             raise TimeoutError(f"no heartbeat on {self.path} within {timeout_s} s")
         assert self.first_ns is not None
         return self.first_ns
+
+    def wait_after(self, when_ns: int, timeout_s: float) -> None:
+        """Wait for a byte that came later than ``when_ns``. Raises TimeoutError."""
+        deadline = time.monotonic() + timeout_s
+        while (self.last_ns or 0) <= when_ns:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"no more heartbeats on {self.path} within {timeout_s} s")
+            time.sleep(0.002)
+
+    def check(self) -> None:
+        """Raise GuestDamaged when the guest has complained."""
+        if self.complaint:
+            raise GuestDamaged(f"the guest says {self.complaint.splitlines()[0]}")
 
     def close(self) -> None:
         """Stop listening; the VM's writes fail from now on."""

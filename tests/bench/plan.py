@@ -1,97 +1,33 @@
-"""What is measured: groups of rows that run in turn, the figure that counts, and the goal it is held to."""
+"""All that ``make bench`` measures, in order, and how often: all of it is to take less than twenty minutes.
+
+What a goal is held against comes first, since late rows are run once only when the time is over.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
+from . import links, loopback, profiles, saves, slots, steps
+from .goals import Plan
 
-from kvmigrate import guests
-
-from .qemu import QemuVariant
-from .runs import our_move, our_restore, our_save, qemu_move, qemu_restore, qemu_save
-from .samples import Series
-from .vm import Guest
-
-MEMORY_MIB = 1024
-FILL_MIB = 992
-"""All of RAM but what the guest and its page tables need."""
-
-
-@dataclass(frozen=True)
-class Group:
-    """Rows that are compared: the last one is kvmigrate's, all others are QEMU's."""
-
-    name: str
-    title: str
-    figure: str
-    rows: list[Series]
-    at_most: float
-    absolute: bool = False
-    """Whether the goal is a value of kvmigrate's own figure; if not, it is a ratio to QEMU's best row."""
-
-    def goal(self) -> str:
-        """The goal in words."""
-        return f"at most {self.at_most:g}" + ("" if self.absolute else " × QEMU's best row")
-
-
-def filled() -> Guest:
-    """1 GiB, nearly all of it incompressible; one heartbeat per millisecond, asleep in between."""
-    return Guest(guests.path("idle"), MEMORY_MIB, f"fill={FILL_MIB} beat=1")
-
-
-def untouched() -> Guest:
-    """1 GiB of which next to nothing was ever written."""
-    return Guest(guests.path("idle"), MEMORY_MIB, "beat=1")
-
-
-def groups(files: Path) -> list[Group]:
-    """All groups; saved states go into ``files``, a directory on tmpfs."""
-    return [_full(), _empty(), _blackout(), _save(files), _restore(files)]
-
-
-def _moves(guest: Guest, variants: list[QemuVariant]) -> list[Series]:
-    rows = [Series(str(variant), partial(qemu_move, guest, variant)) for variant in variants]
-    return [*rows, Series("kvmigrate", lambda: our_move(guest))]
-
-
-def _full() -> Group:
-    variants = [
-        QemuVariant(channels, limit, prealloc)
-        for channels in (0, 2, 4)
-        for limit in (None, 1)
-        for prealloc in (False, True)
-    ]
-    title = "Live migration of an idle guest with 992 MiB of incompressible data, over loopback TCP"
-    return Group("full", title, "total_ms", _moves(filled(), variants), 0.6)
-
-
-def _empty() -> Group:
-    variants = [QemuVariant(0, None), QemuVariant(0, 1), QemuVariant(0, 1, True), QemuVariant(2, 1)]
-    title = "Live migration of a guest of 1 GiB that has touched almost nothing"
-    return Group("empty", title, "total_ms", _moves(untouched(), variants), 0.25)
-
-
-def _blackout() -> Group:
-    title = "Blackout, seen from outside, of the idle guest with 992 MiB"
-    return Group("blackout", title, "blackout_ms", _moves(filled(), [QemuVariant(0, 1, True)]), 5, absolute=True)
-
-
-def _save(files: Path) -> Group:
-    guest = filled()
-    rows = [
-        Series("QEMU, migrate to exec:cat > FILE", lambda: qemu_save(guest, "exec", files / "exec")),
-        Series("QEMU, migrate to fd:FILE", lambda: qemu_save(guest, "fd", files / "fd")),
-        Series("kvmigrate snapshot", lambda: our_save(guest, files / "snapshot")),
-    ]
-    return Group("save", "Snapshot of the same guest to tmpfs, while it runs", "total_ms", rows, 0.6)
-
-
-def _restore(files: Path) -> Group:
-    guest = filled()
-    rows = [
-        Series("QEMU, -incoming exec:cat FILE", lambda: qemu_restore(guest, "exec:cat " + str(files / "exec"))),
-        Series("kvmigrate restore", lambda: our_restore(guest, files / "snapshot")),
-    ]
-    title = "Restore of that snapshot: from the start of the process to the first heartbeat"
-    return Group("restore", title, "first_heartbeat_ms", rows, 0.25)
+PLANS = [
+    Plan("steps", 5, steps.steps),
+    Plan("slots", 3, slots.slots),
+    Plan("idle", 3, loopback.idle),
+    Plan("blackout", 20, loopback.blackout),
+    Plan("empty", 3, loopback.empty),
+    loopback.hot(64, 0),
+    loopback.hot(256, 0),
+    Plan("save", 3, saves.save),
+    Plan("restore", 5, saves.restore),
+    Plan("restore-sparse", 5, saves.restore_sparse),
+    Plan("restore-embedded", 30, saves.restore_embedded),
+    Plan("slow-text", 1, links.slow_text),
+    *loopback.growth_plans(),
+    Plan("text", 3, loopback.text),
+    Plan("zeros", 2, loopback.zeros),
+    loopback.hot(16, 0),
+    *loopback.hot_at_speeds(),
+    Plan("gigabit", 2, links.gigabit),
+    Plan("gigabit-lossless", 1, links.gigabit_lossless),
+    Plan("gigabit-text", 1, links.gigabit_text),
+    Plan("profile", 1, profiles.profile),
+]

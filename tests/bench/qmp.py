@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+ANSWER_S = 20.0
+
 
 class QmpError(RuntimeError):
     """The VM answered with an error, or not at all."""
@@ -16,7 +18,7 @@ class QmpError(RuntimeError):
 class Qmp:
     """One connection to a VM's monitor, past the greeting."""
 
-    def __init__(self, path: Path, timeout_s: float = 20.0) -> None:
+    def __init__(self, path: Path, timeout_s: float = ANSWER_S) -> None:
         self._socket = _connect(path, timeout_s)
         self._reader = self._socket.makefile("rb")
         self.events: list[dict[str, Any]] = []
@@ -47,14 +49,22 @@ class Qmp:
             self.events.append(answer)
         return answer["return"]
 
-    def wait_completed(self, event_name: str = "MIGRATION", timeout_s: float = 120.0) -> None:
-        """Wait for the event that says completed. Raises QmpError when it says failed."""
-        self._socket.settimeout(timeout_s)
+    def wait_completed(self, event_name: str = "MIGRATION", timeout_s: float = 120.0) -> list[int]:
+        """Wait for the event that says completed; returns when each pass began, on this process's monotonic clock.
+
+        Raises QmpError when the event says failed, TimeoutError when it does not come in time.
+        """
+        passes = []
+        deadline = time.monotonic() + timeout_s
         while True:
+            self._socket.settimeout(max(0.001, deadline - time.monotonic()))
             event = self.events.pop(0) if self.events else self._read()
+            if event.get("event") == "MIGRATION_PASS":
+                passes.append(time.monotonic_ns())
             status = event.get("data", {}).get("status") if event.get("event") == event_name else None
             if status == "completed":
-                return
+                self._socket.settimeout(ANSWER_S)
+                return passes
             if status in ("failed", "cancelled"):
                 raise QmpError(f"the job ended as {status}: {self.execute('query-migrate').get('error-desc', '')}")
 

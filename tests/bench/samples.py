@@ -1,81 +1,89 @@
-"""What one run yields, and what many of them amount to."""
+"""What one run yields, what many of them amount to, and how rows take turns."""
 
 from __future__ import annotations
 
-import statistics
+import math
+import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 
 @dataclass(frozen=True)
-class Move:
-    """One live migration, all times in milliseconds; the first three are the bench's own clock."""
+class Sample:
+    """One run: named figures, and what the program told of its rounds (plots are drawn from these)."""
 
-    total_ms: float
-    """From the command until the source says completed and the destination's guest was heard."""
-    completed_ms: float
-    """From the command until the source says completed."""
-    blackout_ms: float
-    """From the last heartbeat of the source to the first of the destination."""
-    reported_total_ms: float
-    reported_downtime_ms: float
-    transferred_mib: float
-    beyond_guest_mib: float
-    """The source's peak resident size less its guest RAM."""
+    figures: dict[str, float]
+    rounds: list[dict[str, Any]] = field(default_factory=list)
+    passes: list[float] = field(default_factory=list)
+    """When each pass over memory began, in milliseconds from the command on."""
 
+    def joined(self, other: Sample) -> Sample:
+        """Both in one."""
+        return Sample({**self.figures, **other.figures}, self.rounds + other.rounds, self.passes + other.passes)
 
-@dataclass(frozen=True)
-class Save:
-    """One snapshot, in milliseconds from the command until it is complete, and its size on the file system."""
-
-    total_ms: float
-    blackout_ms: float
-    allocated_mib: float
+    def to_value(self) -> dict[str, Any]:
+        """For JSON."""
+        value: dict[str, Any] = {name: round(figure, 4) for name, figure in self.figures.items()}
+        if self.rounds:
+            value["rounds"] = self.rounds
+        if self.passes:
+            value["pass times"] = [round(one, 2) for one in self.passes]
+        return value
 
 
-@dataclass(frozen=True)
-class Restore:
-    """One restore: from the start of the process to the guest's first heartbeat."""
+def quantile(values: Iterable[float], share: float) -> float:
+    """The smallest of the values that ``share`` of them do not exceed; infinity when there is none."""
+    ordered = sorted(values)
+    return ordered[max(0, math.ceil(share * len(ordered)) - 1)] if ordered else math.inf
 
-    first_heartbeat_ms: float
+
+STATISTICS = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
 
 
 @dataclass
 class Series:
-    """The runs of one row of a table."""
+    """The runs of one row of a table; ``most_runs`` limits a row that takes long."""
 
     name: str
-    run: Callable[[], Any]
-    samples: list[Any] = field(default_factory=list)
+    run: Callable[[], Sample]
+    ours: bool = False
+    most_runs: int | None = None
+    samples: list[Sample] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
 
-    def values(self, what: str) -> list[float]:
-        """One field of every sample."""
-        return [float(getattr(sample, what)) for sample in self.samples]
+    def values(self, figure: str) -> list[float]:
+        """One figure of every sample."""
+        return [sample.figures[figure] for sample in self.samples if figure in sample.figures]
 
-    def median(self, what: str) -> float:
-        """The median of one field; infinity when no run succeeded."""
-        return statistics.median(self.values(what)) if self.samples else float("inf")
+    def statistic(self, figure: str, name: str) -> float:
+        """p50, p90, p99 or max. A run that failed counts as one that never ended."""
+        values = self.values(figure)
+        return quantile(values + [math.inf] * len(self.failures), STATISTICS[name]) if values else math.inf
 
     def to_value(self) -> dict[str, Any]:
         """For JSON: every sample, so that other statistics can be made of them later."""
-        return {"samples": [asdict(sample) for sample in self.samples], "failures": self.failures}
+        return {"samples": [sample.to_value() for sample in self.samples], "failures": self.failures}
 
 
-def interleave(series: Iterable[Series], runs: int, say: Callable[[str], None]) -> None:
-    """Run all of them ``runs`` times in turn (A B C, A B C, …), so that what changes over time hits each alike."""
+def interleave(series: Iterable[Series], runs: int, until: float, say: Callable[[str], None]) -> None:
+    """Run all of them ``runs`` times in turn (A B C, A B C, …), so that what changes over time hits each alike.
+
+    Past ``until`` on the monotonic clock no second turn begins.
+    """
     rows = list(series)
     for number in range(runs):
+        if number and time.monotonic() > until:
+            say(f"the time is over after {number} of {runs} turns")
+            return
         for row in rows:
-            say(f"run {number + 1} of {runs}: {row.name}")
+            if row.most_runs is not None and number >= row.most_runs:
+                continue
+            began = time.monotonic()
             try:
                 row.samples.append(row.run())
+                outcome = ", ".join(f"{name} {value:.1f}" for name, value in list(row.samples[-1].figures.items())[:2])
             except (OSError, TimeoutError, RuntimeError) as error:
                 row.failures.append(f"{type(error).__name__}: {error}")
-                say(f"  failed: {row.failures[-1]}")
-
-
-def best(series: Iterable[Series], what: str) -> Series:
-    """The row with the smallest median."""
-    return min(series, key=lambda row: row.median(what))
+                outcome = row.failures[-1]
+            say(f"{number + 1}/{runs} {row.name}: {outcome} ({time.monotonic() - began:.1f} s)")

@@ -19,64 +19,77 @@ from kvmigrate._core import ffi, lib
 from kvmigrate.memory.region import GuestMemory
 
 BLOCK_BYTES = 16 << 20
+PAGE_BYTES = 4096
+TIMEOUT_MS = 30_000
 
 
 def fill(memory: GuestMemory) -> None:
     """Every page of ``memory`` different, none of them compressible."""
     block = bytearray(os.urandom(BLOCK_BYTES))
     for gpa in range(0, memory.size_bytes, BLOCK_BYTES):
-        for page in range(0, BLOCK_BYTES, 4096):
+        for page in range(0, BLOCK_BYTES, PAGE_BYTES):
             block[page : page + 8] = (gpa + page + 1).to_bytes(8, "little")
         memory.write(gpa, block[: memory.size_bytes - gpa])
 
 
-def send(size_bytes: int, times: int, port: int, barrier: Barrier, results: Any) -> None:
+def first_round() -> Any:
+    """A round over all resident pages, as C takes it."""
+    return ffi.new("struct kmig_round *", {"abort_fd": -1, "first": 1, "timeout_ms": TIMEOUT_MS})
+
+
+def send(size_bytes: int, port: int, barrier: Barrier, results: Any) -> None:
     """The source process."""
     with GuestMemory(size_bytes) as memory:
         fill(memory)
-        for _ in range(times):
-            barrier.wait()
-            with socket.create_connection(("127.0.0.1", port)) as sock:
-                round_ = ffi.new("struct kmig_round *", {"abort_fd": -1, "first": 1, "timeout_ms": 10_000})
-                began, cpu = time.monotonic(), time.process_time()
-                rc = lib.kmig_stream_send_round(memory.handle, round_, sock.fileno(), ffi.new("uint32_t *"))
-                results.put(
-                    {"began": began, "source_cpu_s": time.process_time() - cpu, "sent": memory.digest, "rc": rc}
-                )
+        barrier.wait()
+        with socket.create_connection(("127.0.0.1", port)) as sock:
+            began, cpu = time.monotonic(), time.process_time()
+            rc = lib.kmig_stream_send_round(memory.handle, first_round(), sock.fileno(), ffi.new("uint32_t *"))
+            used = time.process_time() - cpu
+            results.put({"began": began, "source_cpu_s": used, "sent": memory.digest, "rc": rc})
 
 
-def receive(size_bytes: int, times: int, listener: socket.socket, barrier: Barrier, results: Any) -> None:
-    """The destination process: fresh memory every time."""
-    for _ in range(times):
-        with GuestMemory(size_bytes) as memory:
-            barrier.wait()
-            sock, _ = listener.accept()
-            incoming = ffi.new("struct kmig_incoming *", {"abort_fd": -1, "timeout_ms": 10_000})
-            cpu = time.process_time()
-            with sock:
-                lib.kmig_stream_recv_pages(memory.handle, incoming, sock.fileno())
-            ended = time.monotonic()
-            results.put({"ended": ended, "destination_cpu_s": time.process_time() - cpu, "received": memory.digest})
+def receive(size_bytes: int, touched: bool, listener: socket.socket, barrier: Barrier, results: Any) -> None:
+    """The destination process; with ``touched`` its memory takes no fault any more."""
+    with GuestMemory(size_bytes) as memory:
+        if touched:
+            for slot in memory.slots:
+                memory.prefault(slot.base_gfn, slot.nr_pages)
+        barrier.wait()
+        sock, _ = listener.accept()
+        incoming = ffi.new("struct kmig_incoming *", {"abort_fd": -1, "timeout_ms": TIMEOUT_MS})
+        cpu = time.process_time()
+        with sock:
+            lib.kmig_stream_recv_pages(memory.handle, incoming, sock.fileno())
+        ended = time.monotonic()
+        results.put({"ended": ended, "destination_cpu_s": time.process_time() - cpu, "received": memory.digest})
+
+
+def stream(size_bytes: int, *, touched: bool) -> dict[str, float]:
+    """One copy: ``total_s``, ``source_cpu_s``, ``destination_cpu_s``. Raises RuntimeError when it is not equal."""
+    barrier, results = multiprocessing.Barrier(2), cast(Any, multiprocessing.Queue())
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        processes = [
+            multiprocessing.Process(target=send, args=(size_bytes, port, barrier, results)),
+            multiprocessing.Process(target=receive, args=(size_bytes, touched, listener, barrier, results)),
+        ]
+        for process in processes:
+            process.start()
+        run = results.get(timeout=120) | results.get(timeout=120)
+        for process in processes:
+            process.join()
+    if run["rc"] != 0 or run["sent"] != run["received"]:
+        raise RuntimeError("the copy is not equal")
+    seconds = {name: run[name] for name in ("source_cpu_s", "destination_cpu_s")}
+    return {"total_s": run["ended"] - run["began"], **seconds}
 
 
 def main(size_mib: int = 1024, times: int = 5) -> None:
     """Run it ``times`` times and print each."""
-    size_bytes = size_mib << 20
-    listener = socket.create_server(("127.0.0.1", 0))
-    barrier, results = multiprocessing.Barrier(2), cast(Any, multiprocessing.Queue())
-    port = listener.getsockname()[1]
-    source = multiprocessing.Process(target=send, args=(size_bytes, times, port, barrier, results))
-    destination = multiprocessing.Process(target=receive, args=(size_bytes, times, listener, barrier, results))
-    for process in (source, destination):
-        process.start()
     for _ in range(times):
-        run = results.get(timeout=120) | results.get(timeout=120)
-        assert run["rc"] == 0 and run.pop("sent") == run.pop("received"), "the copy is not equal"
-        run["total_s"] = run.pop("ended") - run.pop("began")
-        run["gb_s"] = size_bytes / 1e9 / run["total_s"]
+        run = stream(size_mib << 20, touched=False)
         print(json.dumps({key: round(value, 3) for key, value in run.items()}))
-    for process in (source, destination):
-        process.join()
 
 
 if __name__ == "__main__":

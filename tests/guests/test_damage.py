@@ -131,3 +131,19 @@ def test_ledger_goes_on_after_a_pause_without_damage(tmp_path: Path) -> None:
         machine.resume()
         end = machine.wait_end(20)
     assert end is not None and end.exit_status == 0, output.read_text()[-300:]
+
+
+@pytest.mark.parametrize(("start_mib", "complaint"), [(2, "filled page changed"), (9, "hot page changed")])
+def test_writer_notices(start_mib: int, complaint: str, tmp_path: Path) -> None:
+    """Filled pages lie below 9 MiB, hot ones above, and the first words are looked at before the next write."""
+    output = tmp_path / "tty"
+    with running("writer", "beat=2 beats=500 fill=7 hot=4 speed=50", f"file:{output}") as machine:
+        while b"H 0 100 " not in output.read_bytes().replace(b"\n", b" "):
+            time.sleep(0.01)
+        machine.pause(RunState.PAUSED)
+        flip(machine, (start_mib << 20) + 4096 * random.randrange(100, 200))
+        machine.resume()
+        end = machine.wait_end(20)
+    assert end is not None and end.exit_status == 3, output.read_text()[-300:]
+    last = output.read_text().splitlines()[-1]
+    assert last.startswith("BAD") and complaint in last

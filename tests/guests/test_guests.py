@@ -1,4 +1,4 @@
-"""Both guests run to their end, on one vCPU and on two, and on both sides of the 32-bit hole."""
+"""The guests run to their end, on one vCPU and on two, and on both sides of the 32-bit hole."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import re
 from pathlib import Path
 
 import pytest
+import zstandard
 
 from kvmigrate import guests
 from kvmigrate.errors import ConfigError
 
 from ..oracle.recorder import Recorder
-from .running import run_to_end, running
+from .running import MIB, run_to_end, running
 
 
 def heartbeats(text: str, cpu: int = 0) -> list[int]:
@@ -79,3 +80,43 @@ def test_ledger_echoes_what_the_uart_receives(tmp_path: Path) -> None:
             for number in range(20):
                 log.send(f"line {number}\n")
                 log.wait_for(f"E line {number}\n")
+
+
+@pytest.mark.parametrize("kind", [0, 1, 2])
+def test_writer_finds_all_its_data_at_the_end(tmp_path: Path, kind: int) -> None:
+    end, text = run_to_end("writer", f"beat=2 beats=100 fill=4 kind={kind} hot=2", tmp_path / "tty")
+    assert end.exit_status == 0, text
+    assert heartbeats(text) == list(range(1, 101))
+    match = re.search(r"^OK writes (\d+)\n$", text, re.MULTILINE)
+    assert match and int(match[1]) > 2 * MIB // 4096, "it did not come round"
+
+
+def test_writer_writes_as_much_as_it_was_told(tmp_path: Path) -> None:
+    """400 ms of guest time at 20 MiB/s are 2048 pages; a backlog of at most 50 ms may be missing."""
+    end, text = run_to_end("writer", "beat=2 beats=200 hot=2 speed=20", tmp_path / "tty")
+    assert end.exit_status == 0, text
+    match = re.search(r"^OK writes (\d+)\n$", text, re.MULTILINE)
+    assert match and 1024 < int(match[1]) <= 2060
+
+
+def filled_memory(tmp_path: Path, parameters: str) -> bytes:
+    """16 MiB of RAM with 8 MiB of data, the guest's own pages included."""
+    output = tmp_path / "tty"
+    with running("idle", f"beat=2 beats=20 fill=8 {parameters}", f"file:{output}", mib=16) as machine:
+        assert machine.wait_end(30) is not None
+        return machine.memory.read(2 * MIB, 6 * MIB)
+
+
+def test_data_does_not_shrink_unless_it_is_to_be_like_a_text(tmp_path: Path) -> None:
+    ratios = []
+    for kind in (0, 1):
+        data = filled_memory(tmp_path, f"kind={kind}")
+        ratios.append(len(data) / len(zstandard.compress(data, 1)))
+    assert ratios[0] < 1.01
+    assert 2 < ratios[1] < 4
+
+
+def test_every_second_page_of_the_last_kind_is_zero(tmp_path: Path) -> None:
+    data = filled_memory(tmp_path, "kind=2")
+    zero = [not any(data[at : at + 4096]) for at in range(0, len(data), 4096)]
+    assert sum(zero) == len(zero) // 2
