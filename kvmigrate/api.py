@@ -90,9 +90,11 @@ def receive(
     console: str | None = None,
     journal_dir: Path | None = None,
     paused: bool = False,
+    reboot: bool = True,
 ) -> Received:
     """Wait at ``address`` for one guest and take it over; ``name``, ``serial`` and ``console`` are its own here, and
-    so are the images and taps of those of its ``disks`` and ``nets`` that are given.
+    so are the images and taps of those of its ``disks`` and ``nets`` that are given, and ``reboot`` as in
+    :class:`MachineConfig`.
 
     Raises the reason when the guest did not arrive: then it still is at its source and nothing of it is here.
     """
@@ -100,7 +102,9 @@ def receive(
     rehearse()
 
     def build(description: Mapping[str, Value]) -> Machine:
-        machine = Machine.build(description, name=name, serial=serial, disks=disks, nets=nets, console=console)
+        machine = Machine.build(
+            description, name=name, serial=serial, disks=disks, nets=nets, console=console, reboot=reboot
+        )
         built.append(machine)
         return built[0]
 
@@ -140,6 +144,7 @@ def restore(
     console: str | None = None,
     clone: bool = False,
     clock: ClockPolicy = ClockPolicy.CONTINUE,
+    reboot: bool = True,
 ) -> Restored:
     """Make the machine that ``directory`` holds; call :meth:`Machine.start` and :meth:`Machine.resume` to let it run.
 
@@ -151,7 +156,15 @@ def restore(
 
     def build(description: Mapping[str, Value]) -> Machine:
         machine = Machine.build(
-            description, name=name, serial=serial, disks=disks, nets=nets, console=console, clone=clone, clock=clock
+            description,
+            name=name,
+            serial=serial,
+            disks=disks,
+            nets=nets,
+            console=console,
+            clone=clone,
+            clock=clock,
+            reboot=reboot,
         )
         built.append(machine)
         return built[0]

@@ -104,9 +104,13 @@ class Compression:
         return "none" if self.level is None else f"zstd:{self.level}"
 
 
+BOOT_METHODS = ("auto", "flat", "multiboot", "pvh", "linux")
+MAX_CMDLINE_BYTES = 16 << 10
+
+
 @dataclass(frozen=True, slots=True)
 class BootConfig:
-    """What the guest starts with. ``method`` is auto, flat, multiboot, pvh or linux; ``load_addr`` is for flat."""
+    """What the guest starts with. ``method`` is one of :data:`BOOT_METHODS`; ``load_addr`` is for flat."""
 
     image: Path
     method: str = "auto"
@@ -118,7 +122,7 @@ class BootConfig:
 def parse_boot(text: str) -> tuple[str, int]:
     """The value of ``--boot``: ``auto``, ``multiboot``, ``pvh``, ``linux``, ``flat`` or ``flat@ADDR``."""
     method, _, addr = text.partition("@")
-    if method not in ("auto", "flat", "multiboot", "pvh", "linux") or (addr and method != "flat"):
+    if method not in BOOT_METHODS or (addr and method != "flat"):
         raise ConfigError(f"{text!r} is not a boot method: take auto, flat@ADDR, multiboot, pvh or linux")
     try:
         return method, int(addr, 0) if addr else 0x7C00
@@ -220,6 +224,8 @@ class MachineConfig:
     console: str | None = None
     cpu: str = "host"
     """``host``, ``baseline`` or the path of a file: see :func:`kvmigrate.kvm.cpu_files.choose_cpu`."""
+    reboot: bool = True
+    """Whether a guest that asks for a reset starts anew; else it ends with exit status 10."""
 
     def __post_init__(self) -> None:
         require_own_terminal(self.serial, self.console)

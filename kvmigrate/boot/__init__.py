@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from ..config import BootConfig
+from dataclasses import dataclass
+
+from ..config import MAX_CMDLINE_BYTES, BootConfig
 from ..errors import ConfigError
 from ..memory.region import GuestMemory
 from .detect import detect
@@ -15,23 +17,42 @@ from .multiboot import load_multiboot
 from .plan import LoadPlan
 from .pvh import load_pvh
 
-MAX_CMDLINE_BYTES = 16 << 10
 LOADERS = {"linux": load_linux, "multiboot": load_multiboot, "pvh": load_pvh}
 
-__all__ = ["EntryState", "Hardware", "VirtioSlot", "load_boot"]
+__all__ = ["BootFiles", "EntryState", "Hardware", "VirtioSlot", "load_boot", "read_files"]
 
 
-def load_boot(memory: GuestMemory, boot: BootConfig, memory_bytes: int, hardware: Hardware | None = None) -> EntryState:
+@dataclass(frozen=True, slots=True)
+class BootFiles:
+    """The files of a :class:`BootConfig`, read whole."""
+
+    image: Image
+    initrd: Image | None
+
+
+def read_files(boot: BootConfig, memory_bytes: int) -> BootFiles:
+    """The files that a guest with ``memory_bytes`` of RAM boots. Raises :class:`ConfigError`, naming the file."""
+    image = read_image(boot.image, "image", MAX_IMAGE_BYTES)
+    return BootFiles(image, read_image(boot.initrd, "initrd", memory_bytes) if boot.initrd else None)
+
+
+def load_boot(
+    memory: GuestMemory,
+    boot: BootConfig,
+    memory_bytes: int,
+    hardware: Hardware | None = None,
+    files: BootFiles | None = None,
+) -> EntryState:
     """Load ``boot`` into guest ``memory`` of ``memory_bytes``, all zero so far, and say how the first vCPU starts.
 
-    ``hardware`` is what the ACPI tables of a Linux or PVH guest tell of the machine.
+    ``hardware`` is what the ACPI tables of a Linux or PVH guest tell of the machine; ``files`` are those of ``boot``
+    when they have been read already.
 
     All is checked before the first byte is written. Raises :class:`ConfigError`, naming the file.
     """
-    image = read_image(boot.image, "image", MAX_IMAGE_BYTES)
-    initrd = read_image(boot.initrd, "initrd", memory_bytes) if boot.initrd else None
-    plan = LoadPlan(image, memory_bytes, hardware)
-    entry = _load(plan, boot, initrd)
+    found = files or read_files(boot, memory_bytes)
+    plan = LoadPlan(found.image, memory_bytes, hardware)
+    entry = _load(plan, boot, found.initrd)
     plan.write(memory)
     return entry
 

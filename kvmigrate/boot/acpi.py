@@ -38,6 +38,11 @@ SLEEP_TYPE_OFF = 5
 SERIAL_PORT, NR_SERIAL_PORTS, SERIAL_GSI = 0x3F8, 8, 4
 RTC_PORT, NR_RTC_PORTS = 0x70, 2
 PANIC_PORT = 0x505
+RESET_VECTOR_GPA = 0xFFFF0
+"""Where a PC's firmware starts (0xf000:0xfff0). Linux jumps there to reboot a hardware-reduced machine without EFI: it
+takes EFI for the only way, and this for what is left without (arch/x86/kernel/reboot.c, reboot_init)."""
+_RESET_CODE = struct.pack("<BHBBBBH", 0xBA, POWER_PORT + RESET, 0xB0, 1, 0xEE, 0xF4, 0xFDEB)
+"""``mov dx, 0x60a; mov al, 1; out dx, al; 1: hlt; jmp 1b``"""
 
 
 def place_acpi(plan: LoadPlan) -> int:
@@ -45,6 +50,7 @@ def place_acpi(plan: LoadPlan) -> int:
     block = build_tables(plan.hardware)
     plan.place(TABLES_GPA, block, "the ACPI tables", TABLES_BYTES)
     plan.place(GENERATION_GPA, plan.hardware.generation, "the machine's generation", 4096)
+    plan.place(RESET_VECTOR_GPA, _RESET_CODE, "the way to reset the machine", 16)
     return TABLES_GPA
 
 

@@ -60,6 +60,7 @@ OtherNets = Annotated[
     list[str] | None,
     typer.Option("--net", metavar="NAME=tap:IF[,mac=MAC]", help="The tap of a network of the guest, if another here."),
 ]
+NoReboot = Annotated[bool, typer.Option("--no-reboot", help="Let a reset end the guest instead of booting it anew.")]
 _BACKENDS = "stdio, pty, null, file:PATH or unix:PATH"
 Console = Annotated[
     str | None, typer.Option(metavar="BACKEND", help=f"A virtio console (hvc0), and where it leads: {_BACKENDS}.")
@@ -93,18 +94,19 @@ def run(
     boot: Annotated[str, typer.Option(help="auto, flat@ADDR, multiboot, pvh or linux.")] = "auto",
     serial: Serial = "stdio",
     paused: Paused = False,
+    no_reboot: NoReboot = False,
     disk: Disks = None,
     net: Nets = None,
     console: Console = None,
 ) -> int:
     """Run IMAGE as a guest. Stays in the foreground until the guest ends or has moved.
 
-    Exit status: 0 powered off, 2 error, 4 crashed, 6 moved away, 8 stopped, 10 asked for a reset, odd: debug-exit.
+    Exit status: 0 powered off, 2 error, 4 crashed, 6 moved away, 8 stopped, 10 reset and not booted, odd: debug-exit.
     """
     from . import machines
 
     parts = disk or [], net or [], console
-    return machines.run(image, name, memory, cpus, cpu, initrd, append, boot, serial, paused, *parts)
+    return machines.run(image, name, memory, cpus, cpu, initrd, append, boot, serial, paused, no_reboot, *parts)
 
 
 @app.command()
@@ -113,6 +115,7 @@ def receive(
     name: NewName = "",
     serial: Serial = "stdio",
     paused: Paused = False,
+    no_reboot: NoReboot = False,
     verbose: Verbose = False,
     disk: OtherDisks = None,
     net: OtherNets = None,
@@ -121,7 +124,7 @@ def receive(
     """Wait at ADDRESS for one guest and take it over. Stays in the foreground, as run does."""
     from . import machines
 
-    return machines.receive(address, name, serial, paused, verbose, disk or [], net or [], console)
+    return machines.receive(address, name, serial, paused, no_reboot, verbose, disk or [], net or [], console)
 
 
 @app.command()
@@ -187,6 +190,7 @@ def restore(
         ClockPolicy, typer.Option(help="Go on from the saved time, or count the time since by the host's clock.")
     ] = ClockPolicy.CONTINUE,
     paused: Paused = False,
+    no_reboot: NoReboot = False,
     verbose: Verbose = False,
     disk: OtherDisks = None,
     net: OtherNets = None,
@@ -195,7 +199,8 @@ def restore(
     """Run the guest that was saved in DIR. Stays in the foreground, as run does."""
     from . import machines
 
-    return machines.restore(directory, name, serial, clone, clock, paused, verbose, disk or [], net or [], console)
+    parts = disk or [], net or [], console
+    return machines.restore(directory, name, serial, clone, clock, paused, no_reboot, verbose, *parts)
 
 
 @app.command("list")
@@ -272,6 +277,14 @@ def powerdown(name: Name) -> int:
     from . import query
 
     return query.command(name, "system_powerdown", "power button pressed")
+
+
+@app.command()
+def reset(name: Name) -> int:
+    """Reset the guest NAME. It boots anew from the same files; what it has not written to its disks is lost."""
+    from . import query
+
+    return query.command(name, "system_reset", "reset")
 
 
 @app.command()

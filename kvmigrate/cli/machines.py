@@ -36,6 +36,7 @@ def run(
     boot: str,
     serial: str,
     paused: bool,
+    no_reboot: bool,
     disks: Sequence[str],
     nets: Sequence[str],
     console: str | None,
@@ -52,6 +53,7 @@ def run(
         nets=_nets(nets),
         console=console,
         cpu=cpu,
+        reboot=not no_reboot,
     )
     from ..control import processes
 
@@ -71,6 +73,7 @@ def receive(
     name: str,
     serial: str,
     paused: bool,
+    no_reboot: bool,
     verbose: bool,
     disks: Sequence[str],
     nets: Sequence[str],
@@ -83,7 +86,9 @@ def receive(
 
     show = report.restored if verbose else None
     given = _disks(disks), _nets(nets), console
-    return processes.run_incoming(listen_at, name or default_name(), serial, *given, paused=paused, show=show)
+    return processes.run_incoming(
+        listen_at, name or default_name(), serial, *given, paused=paused, show=show, reboot=not no_reboot
+    )
 
 
 def restore(
@@ -93,6 +98,7 @@ def restore(
     clone: bool,
     clock: ClockPolicy,
     paused: bool,
+    no_reboot: bool,
     verbose: bool,
     disks: Sequence[str],
     nets: Sequence[str],
@@ -105,4 +111,6 @@ def restore(
     show = report.restored if verbose else None
     own = name or default_name()
     given = _disks(disks), _nets(nets), console
-    return processes.run_restored(directory, own, serial, *given, paused=paused, show=show, clone=clone, clock=clock)
+    return processes.run_restored(
+        directory, own, serial, *given, paused=paused, show=show, clone=clone, clock=clock, reboot=not no_reboot
+    )

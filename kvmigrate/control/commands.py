@@ -42,6 +42,7 @@ class Vm(Protocol):
 
     async def pause(self) -> None: ...
     async def resume(self) -> None: ...
+    async def reset(self) -> None: ...
     async def digest(self) -> Mapping[str, Any]: ...
     def press_power_button(self) -> None: ...
     def resize(self, keep_bytes: int) -> None: ...
@@ -121,8 +122,9 @@ async def _system_powerdown(vm: Vm, _: Arguments) -> object:
     return {}
 
 
-async def _system_reset(_vm: Vm, _: Arguments) -> object:
-    raise QmpError("kvmigrate cannot reset a guest: a reset ends the process with status 10, start it again")
+async def _system_reset(vm: Vm, _: Arguments) -> object:
+    await vm.reset()
+    return {}
 
 
 async def _migrate(vm: Vm, arguments: Arguments) -> object:
@@ -233,7 +235,8 @@ _ROWS: tuple[Command[Vm], ...] = (
     Command("quit", _quit, "end the guest and the process; its exit status is 8"),
     Command("system_powerdown", _system_powerdown, "press the power button; the guest's system decides what it does",
             states=frozenset({RunState.RUNNING})),
-    Command("system_reset", _system_reset, "always refused, with the reason"),
+    Command("system_reset", _system_reset, "press the reset button: the guest boots anew, or ends with `--no-reboot`",
+            states=LIVE),
     Command("migrate", _migrate, "start a live migration", _MIGRATE, LIVE, with_job=False),
     Command("migrate_cancel", _migrate_cancel, "stop it; succeeds even when none is under way"),
     Command("query-migrate", _query_migrate, "its status and figures; with no fields before the first"),

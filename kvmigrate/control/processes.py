@@ -59,6 +59,7 @@ def run_restored(
     show: ShowFidelity | None = None,
     clone: bool = False,
     clock: ClockPolicy = ClockPolicy.CONTINUE,
+    reboot: bool = True,
 ) -> int:
     """Restore the snapshot ``directory`` and stay until the guest ends; it stays paused if it was, or if so wanted.
 
@@ -67,7 +68,15 @@ def run_restored(
 
     def build(value: Mapping[str, Value]) -> Machine:
         return Machine.build(
-            value, name=name, serial=serial, disks=disks, nets=nets, console=console, clone=clone, clock=clock
+            value,
+            name=name,
+            serial=serial,
+            disks=disks,
+            nets=nets,
+            console=console,
+            clone=clone,
+            clock=clock,
+            reboot=reboot,
         )
 
     with _session(name, held=None if clone else directory) as session:
@@ -100,13 +109,16 @@ def run_incoming(
     *,
     paused: bool = False,
     show: ShowFidelity | None = None,
+    reboot: bool = True,
 ) -> int:
     """Wait at ``address`` for one guest, take it over and stay until it ends."""
     with _session(name) as session:
         listener = Listener(address)
 
         def build(value: Mapping[str, Value]) -> Machine:
-            machine = Machine.build(value, name=name, serial=serial, disks=disks, nets=nets, console=console)
+            machine = Machine.build(
+                value, name=name, serial=serial, disks=disks, nets=nets, console=console, reboot=reboot
+            )
             session.adopt(machine)
             # Its threads are there before the source pauses: they would cost time in the blackout.
             machine.start()

@@ -102,6 +102,8 @@ class _Client:
         self._reader = reader
         self._writer = writer
         self._splitter = qmp.Splitter()
+        self._answered = asyncio.Event()
+        self._answered.set()
         self.negotiated = False
 
     def send(self, message: Mapping[str, object]) -> None:
@@ -111,7 +113,9 @@ class _Client:
         self._writer.write(qmp.encode(message))
 
     async def hang_up(self) -> None:
+        """Close it; the command in hand, which may be what ended the guest, is answered first."""
         try:
+            await asyncio.wait_for(self._answered.wait(), 1.0)
             await asyncio.wait_for(self._writer.drain(), 1.0)
         except (OSError, TimeoutError):
             pass
@@ -121,7 +125,9 @@ class _Client:
         self.send(qmp.greeting(self._vm.package))
         while data := await self._reader.read(1 << 16):
             for item in self._splitter.feed(data):
+                self._answered.clear()
                 self.send(qmp.error_reply(item) if isinstance(item, qmp.QmpError) else await self._answer(item))
+                self._answered.set()
                 await self._writer.drain()
 
     async def _answer(self, text: bytes) -> dict[str, object]:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ..config import Address, MigrationParameters, SnapshotParameters
 from ..contract import Builder, Examiner, RunState
-from ..devices.end import CRASH, RESET, GuestEnd
+from ..devices.end import CRASH, RESET, RESET_BUTTON, GuestEnd
 from ..errors import KvmigrateError, MigrationError, StateError
 from ..machine.machine import Machine
 from ..state.fidelity import Fidelity
@@ -51,7 +51,8 @@ REASON_S = 3.0
 CANCEL_S = 15.0
 
 _QUIET = frozenset({RunState.FINISH_MIGRATE, RunState.SAVE_VM})
-_SHUTDOWN_REASONS = {CRASH: "guest-panic", RESET: "guest-reset"}
+_REASONS = {CRASH: "guest-panic", RESET: "guest-reset", RESET_BUTTON: "host-qmp-system-reset"}
+"""QEMU's words for why a guest ended or was reset."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +69,13 @@ class Exit:
 
     @classmethod
     def of_guest(cls, end: GuestEnd) -> Exit:
-        text = end.text if end.kind in _SHUTDOWN_REASONS else ""
-        return cls(end.exit_status, text, _SHUTDOWN_REASONS.get(end.kind, "guest-shutdown"), story=end.text)
+        text = end.text if end.kind in _REASONS else ""
+        return cls(end.exit_status, text, _REASONS.get(end.kind, "guest-shutdown"), story=end.text)
+
+
+def _whose(reason: str) -> dict[str, Any]:
+    """The data of QEMU's events for the end and the reset of a guest."""
+    return {"guest": reason.startswith("guest"), "reason": reason}
 
 
 class Session:
@@ -119,6 +125,10 @@ class Session:
 
     async def resume(self) -> None:
         await self._exclusively("resume", Machine.resume)
+
+    async def reset(self) -> None:
+        # Not exclusive: a migration or a snapshot may be under way, and the machine knows when it cannot be.
+        await asyncio.to_thread(self._require_machine().reset)
 
     async def digest(self) -> Mapping[str, Any]:
         found: Mapping[str, Any] = await self._exclusively("digest", Machine.digest)
@@ -203,6 +213,7 @@ class Session:
         """Own ``machine`` from now on. May be called from the thread that receives it."""
         machine.on_change(self._changed)
         machine.on_end = lambda end: self._post("end", end)
+        machine.on_reset = lambda reset: self._tell("RESET", _whose(_REASONS[reset.kind]))
         self._console.adopt(machine.platform.backend)
         self.machine = machine
 
@@ -319,7 +330,7 @@ class Session:
         if how.moved:
             await self._linger()
         else:
-            self._server.emit("SHUTDOWN", {"guest": how.reason.startswith("guest"), "reason": how.reason})
+            self._server.emit("SHUTDOWN", _whose(how.reason))
         if interrupted and not how.moved:
             # Whoever follows the job looks again within its polling interval, and should read why it ended.
             await self._server.wait_idle(REASON_S)

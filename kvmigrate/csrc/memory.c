@@ -67,6 +67,14 @@ static void *map_zeroed(uint64_t size_bytes)
     return at == MAP_FAILED ? NULL : at;
 }
 
+static void advise(void *at, uint64_t size_bytes)
+{
+    // A kernel without transparent huge pages refuses this; memory is then slower to touch and works all the same.
+    madvise(at, size_bytes, MADV_HUGEPAGE);
+    // Guest RAM in a core dump helps nobody and may be secret.
+    madvise(at, size_bytes, MADV_DONTDUMP);
+}
+
 // hva and gpa must agree modulo 2 MiB: only then can KVM map a huge page of the host as one of the guest
 // (kvm_mmu_hugepage_adjust and lpage_info in arch/x86/kvm).
 static uint8_t *map_ram(uint64_t base_gfn, uint64_t size_bytes)
@@ -78,10 +86,7 @@ static uint8_t *map_ram(uint64_t base_gfn, uint64_t size_bytes)
     if (head)
         munmap(area, head);
     munmap(area + head + size_bytes, HUGE_PAGE_BYTES - head);
-    // A kernel without transparent huge pages refuses this; memory is then slower to touch and works all the same.
-    madvise(area + head, size_bytes, MADV_HUGEPAGE);
-    // Guest RAM in a core dump helps nobody and may be secret.
-    madvise(area + head, size_bytes, MADV_DONTDUMP);
+    advise(area + head, size_bytes);
     return area + head;
 }
 
@@ -311,6 +316,51 @@ int kmig_memory_prefault(struct kmig_memory *memory, uint64_t gfn, uint64_t nr_p
     if (madvise(slot->hva + page * KMIG_PAGE_BYTES, nr_pages * KMIG_PAGE_BYTES, MADV_POPULATE_WRITE) < 0)
         return -errno;
     return 0;
+}
+
+// Memory that comes from a file would come from there again when it is dropped: put empty memory in its place, in one
+// piece, since the kernel bounds how many mappings there are.
+static int slot_empty(struct kmig_slot *slot)
+{
+    uint64_t size_bytes = slot->nr_pages * KMIG_PAGE_BYTES;
+    const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE;
+
+    if (kmig_bits_next(slot->backed, 0, slot->nr_pages) == slot->nr_pages)
+        return madvise(slot->hva, size_bytes, MADV_DONTNEED) < 0 ? -errno : 0;
+    if (mmap(slot->hva, size_bytes, PROT_READ | PROT_WRITE, flags, -1, 0) == MAP_FAILED)
+        return -errno;
+    advise(slot->hva, size_bytes);
+    for (size_t word = 0; word < kmig_bits_words(slot->nr_pages); word++)
+        __atomic_store_n(&slot->backed[word], 0, __ATOMIC_RELAXED);
+    return 0;
+}
+
+static int slot_clear(struct kmig_memory *memory, uint32_t slot_index)
+{
+    struct kmig_slot *slot = &memory->slot[slot_index];
+    size_t nr_words = kmig_bits_words(slot->nr_pages);
+    uint64_t *resident = calloc(nr_words, sizeof(*resident));
+
+    if (!resident)
+        return -ENOMEM;
+    long rc = kmig_memory_resident(memory, slot_index, 0, slot->nr_pages, resident);
+    if (rc >= 0)
+        rc = slot_empty(slot);
+    // After they are empty: who copied them before copies them again, as zeros.
+    for (size_t word = 0; rc >= 0 && word < nr_words; word++)
+        if (resident[word])
+            __atomic_fetch_or(&slot->host_dirty[word], resident[word], __ATOMIC_RELEASE);
+    free(resident);
+    return rc < 0 ? (int)rc : 0;
+}
+
+int kmig_memory_clear(struct kmig_memory *memory)
+{
+    int rc = 0;
+
+    for (uint32_t i = 0; rc == 0 && i < memory->nr_slots; i++)
+        rc = slot_clear(memory, i);
+    return rc;
 }
 
 int kmig_memory_hash_all(struct kmig_memory *memory, uint32_t slot_index, uint64_t *hashes)

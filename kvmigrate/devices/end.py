@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 POWEROFF = "poweroff"
 DEBUG_EXIT = "debug-exit"
 RESET = "reset"
+RESET_BUTTON = "reset-button"
 CRASH = "crash"
 
 
@@ -31,8 +32,17 @@ class GuestEnd:
 
     @classmethod
     def reset(cls, how: str) -> GuestEnd:
-        """The guest asked for a reset by ``how``: exit status 10, since a reset machine is not started again here."""
+        """The guest asked for a reset by ``how``: it starts anew, or else ends with exit status 10."""
         return cls(RESET, 10, f"the guest asked for a reset ({how})")
+
+    @classmethod
+    def reset_button(cls) -> GuestEnd:
+        """The operator resets the guest: as :meth:`reset`."""
+        return cls(RESET_BUTTON, 10, "the operator reset the guest")
+
+    def but(self, why: str) -> GuestEnd:
+        """The same, with the reason why it came to this."""
+        return replace(self, text=f"{self.text}, but {why}")
 
     @classmethod
     def crashed(cls, text: str) -> GuestEnd:
@@ -41,4 +51,4 @@ class GuestEnd:
 
 
 EndCallback = Callable[[GuestEnd], None]
-"""Told once by a device that the guest ended; it must not block, the vCPU's thread calls it."""
+"""Told once by a device that the guest ended or is to be reset; it must not block, the vCPU's thread calls it."""

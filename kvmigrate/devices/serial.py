@@ -55,6 +55,7 @@ class Serial(Device):
         self._changed = threading.Condition(threading.Lock())
         self._paused = True
         self._level = False
+        self._tx = bytearray()
         self._power_on()
         backend.attach(self)
 
@@ -64,7 +65,6 @@ class Serial(Device):
         self._mcr = MCR_OUT2
         self._overrun = self._thre_pending = False
         self._rx = bytearray()
-        self._tx = bytearray()
 
     # Guest accesses
 
@@ -277,6 +277,7 @@ class Serial(Device):
         self._backend.wake()
 
     def reset(self) -> None:
+        """See :meth:`Device.reset`. What the guest had sent is on the line: its last words before a reboot come out."""
         with self._changed:
             self._power_on()
             self._update_irq()

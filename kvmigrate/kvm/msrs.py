@@ -69,8 +69,8 @@ def indices_to_save(vcpu: Vcpu) -> list[int]:
 
 
 def save_msrs(vcpu: Vcpu) -> dict[str, Value]:
-    """The MSRs by name. Which ones can be read is found out once per vCPU, outside of any downtime if
-    :meth:`Vcpu.prepare` was called."""
+    """The MSRs by name. Which ones can be read is found out once per vCPU: at its first save,
+    which a machine makes while nobody waits."""
     if vcpu.saved_msrs is None:
         vcpu.saved_msrs = indices_to_save(vcpu)
     return {msr_name(index): value for index, value in vcpu.get_msrs(vcpu.saved_msrs).items()}

@@ -245,8 +245,3 @@ def _compare_entries(saved: list[CpuidEntry], held: list[CpuidEntry], fidelity: 
             fidelity.refused(name, entry, other, "the host took the value and holds another")
     for leaf, entry in now.items():
         fidelity.refused(f"{where}.{leaf[0]:x}.{leaf[1]}", None, entry, "the host added an entry")
-
-
-def prepare(vcpu: Vcpu) -> None:
-    """Find out once, outside of any downtime, what :func:`save_vcpu` will read."""
-    save_vcpu(vcpu)

@@ -53,7 +53,7 @@ class ParsedVm:
 
 
 def load_state(vm: Vm, body: Value, vcpu_bodies: Sequence[Value], *, count_downtime: bool = False) -> Fidelity:
-    """Set the whole state of a VM that has never run, read all of it back and judge it.
+    """Set the whole state of a VM that has never run, or is reset, read all of it back and judge it.
 
     Raises :class:`BadField` or :class:`RestoreRefused` when the bodies cannot be right, before anything is set. Refused
     items are in the result. The order is a rule:

@@ -14,6 +14,7 @@ from ..config import MAX_CPUS, MAX_MEMORY_BYTES, MIN_MEMORY_BYTES, DiskConfig, M
 from ..errors import BadField, ConfigError, RestoreRefused
 from ..memory.layout import slots_for
 from ..state.section import Fields, Value
+from .boot_source import BootSource, read_boot_source
 from .specs import MAX_DEVICES, VirtioSpec, read_specs, specs_for, with_console, with_disks, with_nets, with_new_macs
 
 MAX_CPUID_ENTRIES = 256
@@ -33,12 +34,13 @@ class Description:
     devices: Mapping[str, int]
     autostart: bool = True
     virtio: tuple[VirtioSpec, ...] = ()
+    boot: BootSource | None = None
 
     @classmethod
-    def new(cls, config: MachineConfig, cpuid: tuple[CpuidTable, ...]) -> Description:
+    def new(cls, config: MachineConfig, cpuid: tuple[CpuidTable, ...], boot: BootSource | None = None) -> Description:
         """Describe a machine that is made here and now; :meth:`completed` adds the rest."""
         virtio = specs_for(config.disks, config.nets, config.console)
-        return cls(config.name, str(uuid.uuid4()), config.memory_bytes, cpuid, 0, {}, virtio=virtio)
+        return cls(config.name, str(uuid.uuid4()), config.memory_bytes, cpuid, 0, {}, virtio=virtio, boot=boot)
 
     def completed(self, devices: Mapping[str, int], tsc_khz: int, cpuid: tuple[CpuidTable, ...]) -> Description:
         """With what is known only once the machine exists: of CPUID what the kernel made of it."""
@@ -93,7 +95,7 @@ class Description:
             "devices": dict(self.devices),
             "autostart": self.autostart,
             "virtio": [spec.to_value() for spec in self.virtio],
-        }
+        } | ({"boot": self.boot.to_value()} if self.boot else {})
 
     @classmethod
     def from_value(cls, value: Mapping[str, Value]) -> Description:
@@ -108,8 +110,9 @@ class Description:
             tsc_khz=fields.integer("tsc_khz", 0, 1 << 32),
             devices=_devices(fields.mapping("devices")),
             autostart=fields.boolean("autostart"),
-            # A snapshot of before there were any has no such field.
+            # A snapshot of before there were any has no such fields.
             virtio=read_specs(fields.sequence("virtio", MAX_DEVICES)) if fields.has("virtio") else (),
+            boot=read_boot_source(fields.mapping("boot")) if fields.has("boot") else None,
         )
         slots = fields.sequence("slots", 32)
         fields.done()

@@ -3,49 +3,65 @@
 from __future__ import annotations
 
 import base64
-import os
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from ..config import ClockPolicy, DiskConfig, MachineConfig, NetConfig, require_own_terminal
 from ..contract import RunState
-from ..devices.end import CRASH, GuestEnd
+from ..devices.end import CRASH, RESET, GuestEnd
 from ..devices.power import NEW_GENERATION, POWER_BUTTON
-from ..devices.virtio.transport import WINDOW_BYTES
-from ..errors import ConfigError, StateError
+from ..errors import ConfigError, KvmigrateError, StateError
 from ..kvm.cpuid import guest_cpuid
 from ..kvm.system import System
-from ..kvm.vcpu_state import prepare
 from ..memory.dirty import DirtyLog, LogMode
 from ..memory.region import GuestMemory
 from ..state.fidelity import Fidelity
 from ..state.section import Section, Value, pack
+from .boot_source import BootSource
 from .cpus import PAUSE_TIMEOUT_MS, CpuThreads
 from .description import Description
-from .entry import set_entry
 from .exits import ExitHandler
-from .generation import write_generation
+from .generation import new_generation_id, write_generation
+from .loading import load_image
 from .platform import Platform
 from .rehearsal import rehearse
+from .reset import Boot, PowerOn, pending_section, take_pending
 from .runstate import RunStateBox
 from .sampling import Sampler
 from .sections import load_sections, save_sections
-from .virtio import slot_of
+
+_RESETTABLE = frozenset({RunState.RUNNING, RunState.PAUSED, RunState.PRELAUNCH})
 
 
 class Machine:
     """One guest. Build it with :meth:`create` or :meth:`build`; implements :class:`kvmigrate.contract.Migratable`.
 
     Methods are called by one thread at a time; the guest itself may end at any moment, in a vCPU's thread, which
-    :meth:`wait_end` and ``on_end`` tell.
+    :meth:`wait_end` and ``on_end`` tell. When it asks for a reset a thread of its own resets the machine, unless the
+    guest is being handed over or saved: then whoever lets it go on does. Without ``reboot`` that ends the guest.
     """
 
-    def __init__(self, description: Description, serial: str, state: RunState, log_mode: LogMode | None = None) -> None:
+    def __init__(
+        self,
+        description: Description,
+        serial: str,
+        state: RunState,
+        log_mode: LogMode | None = None,
+        *,
+        reboot: bool = True,
+    ) -> None:
         self._clock = ClockPolicy.CONTINUE
+        self._reboot = reboot
         self._end: GuestEnd | None = None
         self._ended = threading.Event()
         self._runstate = RunStateBox(state)
+        self._guard = threading.Lock()
+        self._ending = threading.Lock()
+        self._pending_reset: GuestEnd | None = None
+        self._resetter: threading.Thread | None = None
+        self._closed = False
         self.on_end: Callable[[GuestEnd], None] = lambda _: None
+        self.on_reset: Callable[[GuestEnd], None] = lambda _: None
         self.platform = Platform(
             description.memory_bytes, description.cpuid, serial, self._end_guest, description.virtio
         )
@@ -53,8 +69,9 @@ class Machine:
             self.platform.device_versions(), self.platform.tsc_khz, self.platform.held_cpuid()
         )
         self._dirty_log = DirtyLog(self.platform.memory, log_mode or self.platform.best_log_mode())
+        self._power_on = PowerOn(self.platform, self.description.boot)
         handler = ExitHandler(self.platform.pio, self.platform.mmio, self._end_guest)
-        self.cpus = CpuThreads(self.platform.vm.group, self.platform.vm.vcpus, handler, self._end_guest)
+        self.cpus = CpuThreads(self.platform.vm.group, self.platform.vm.vcpus, handler, self._finish)
 
     @classmethod
     def create(cls, config: MachineConfig, *, log_mode: LogMode | None = None) -> Machine:
@@ -63,7 +80,7 @@ class Machine:
         Raises :class:`ConfigError` for an image that cannot be booted, :class:`HostError` when the host refuses.
         """
         # Not at the top: a machine that is restored or received does without, and should not wait for it.
-        from ..boot import Hardware, VirtioSlot, load_boot
+        from ..boot import read_files
         from ..kvm.cpu_files import choose_cpu
 
         if config.boot is None:
@@ -71,14 +88,12 @@ class Machine:
         with System.open() as system:
             cpu = choose_cpu(config.cpu, system.supported_cpuid())
             cpuid = tuple(guest_cpuid(cpu, at, config.nr_cpus) for at in range(config.nr_cpus))
-        machine = cls(Description.new(config, cpuid), config.serial, RunState.PRELAUNCH, log_mode)
+        files = read_files(config.boot, config.memory_bytes)
+        description = Description.new(config, cpuid, BootSource.of(config.boot, files))
+        machine = cls(description, config.serial, RunState.PRELAUNCH, log_mode, reboot=config.reboot)
         try:
             machine.platform.virtio.lock()
-            places = [slot_of(number) for number in range(len(machine.platform.virtio.devices))]
-            slots = tuple(VirtioSlot(gpa, WINDOW_BYTES, gsi) for gpa, gsi in places)
-            hardware = Hardware(config.nr_cpus, slots, os.urandom(16))
-            entry = load_boot(machine.memory, config.boot, config.memory_bytes, hardware)
-            set_entry(machine.platform.vm.vcpus[0], entry)
+            load_image(machine.platform, config.boot, files, new_generation_id())
         except BaseException:
             machine.close()
             raise
@@ -97,14 +112,16 @@ class Machine:
         log_mode: LogMode | None = None,
         clone: bool = False,
         clock: ClockPolicy = ClockPolicy.CONTINUE,
+        reboot: bool = True,
     ) -> Machine:
         """The empty machine that :meth:`describe` described elsewhere, in INMIGRATE: load its state, then resume.
 
         ``name`` replaces the described one, each of ``disks`` and ``nets`` the image or tap of the part of its name,
         and ``console`` is the back-end of the guest's console, which leads nowhere without one, as ``serial`` does; a
         ``clone`` is another guest than the described one; ``clock`` is what its clocks will make of the time since the
-        save. Raises :class:`BadField` for a description that cannot be, :class:`RestoreRefused` when this host lacks a
-        CPU feature that the guest knows of, :class:`ConfigError` or :class:`HostError` for a part that cannot be had.
+        save; ``reboot`` is as of :class:`MachineConfig`. Raises :class:`BadField` for a description that cannot be,
+        :class:`RestoreRefused` when this host lacks a CPU feature that the guest knows of, :class:`ConfigError` or
+        :class:`HostError` for a part that cannot be had.
         """
         description = Description.from_value(value)
         if clone:
@@ -113,7 +130,7 @@ class Machine:
         description = description.with_disks(disks).with_nets(nets).with_console(console)
         if name is not None:
             description = description.renamed(name)
-        machine = cls(description, serial, RunState.INMIGRATE, log_mode)
+        machine = cls(description, serial, RunState.INMIGRATE, log_mode, reboot=reboot)
         machine._clock = clock
         try:
             machine.platform.compare_cpuid().require()
@@ -149,43 +166,90 @@ class Machine:
 
     def start(self) -> None:
         """Start the vCPUs' threads, parked. Idempotent."""
-        for vcpu in self.platform.vm.vcpus:
-            # Which MSRs can be read takes long to find out: now, not when the guest waits.
-            prepare(vcpu)
         self.cpus.start()
 
     def pause(self, reason: RunState = RunState.PAUSED) -> None:
         """See :meth:`Migratable.pause`. Raises :class:`StateError` when the guest has ended."""
-        if reason is not self.runstate:
-            self._runstate.require(reason)
+        with self._guard:
+            if reason is not self.runstate:
+                self._runstate.require(reason)
+            self._park()
+            if reason is RunState.FINISH_MIGRATE:
+                # From here on nothing of this VM writes a disk, and the destination locks them before it says READY:
+                # there is no moment at which two could write. A snapshot's pause keeps them: the guest stays here.
+                self.platform.virtio.unlock()
+            elif reason is RunState.PAUSED:
+                # After a migration that failed the guest is ours again, even when it stays paused.
+                self.platform.virtio.lock()
+            # The guest may have ended while its vCPUs were on their way out: then there is nothing to move any more.
+            self._runstate.move(reason)
+
+    def _park(self) -> None:
         self.platform.vm.group.pause(PAUSE_TIMEOUT_MS)
         for device in self.platform.devices.values():
             device.pause()
-        if reason is RunState.FINISH_MIGRATE:
-            # From here on nothing of this VM writes a disk, and the destination locks them before it says READY: there
-            # is no moment at which two could write. A snapshot's pause keeps them, since the guest stays here.
-            self.platform.virtio.unlock()
-        elif reason is RunState.PAUSED:
-            # After a migration that failed the guest is ours again, even when it stays paused.
-            self.platform.virtio.lock()
-        # The guest may have ended while its vCPUs were on their way out: then there is nothing to move any more.
-        self._runstate.move(reason)
 
     def resume(self) -> None:
         """See :meth:`Migratable.resume`. Raises :class:`ConfigError` when another VM has taken a disk meanwhile; the
         guest stays paused then."""
-        # Before anything runs: a destination that failed may still have them, and whatever runs may write.
-        if self.runstate is not RunState.RUNNING:
-            self._runstate.require(RunState.RUNNING)
-        self.platform.virtio.lock()
-        self._runstate.move(RunState.RUNNING)
+        with self._guard:
+            # Before anything runs: a destination that failed may still have them, and whatever runs may write.
+            if self.runstate is not RunState.RUNNING:
+                self._runstate.require(RunState.RUNNING)
+            self.platform.virtio.lock()
+            self._runstate.move(RunState.RUNNING)
+            self.cpus.start()
+            if self._pending_reset is not None:
+                self._start_reset()
+            else:
+                self._let_go()
+
+    def _let_go(self) -> None:
         for device in self.platform.devices.values():
             device.resume()
         for vcpu in self.platform.vm.vcpus:
             # Just before it runs, not at the pause: a guest that was restored would miss it (Firecracker #5494).
             vcpu.kvmclock_ctrl()
-        self.cpus.start()
         self.platform.vm.group.resume()
+
+    def reset(self) -> None:
+        """Press the reset button of a guest that runs or stands still: it starts anew and does so again, or ends when
+        it may not. Raises :class:`StateError` while it is being handed over or saved, :class:`ConfigError` when what it
+        booted from is not here any more; it is unharmed then."""
+        boot = self._power_on.read() if self._reboot else None
+        with self._guard:
+            if self.runstate not in _RESETTABLE:
+                raise StateError(self.runstate.value, " or ".join(sorted(_RESETTABLE)))
+            self._carry_out(GuestEnd.reset_button(), boot)
+
+    def _start_reset(self) -> None:
+        self._resetter = threading.Thread(target=self._reset_pending, name="reset", daemon=True)
+        self._resetter.start()
+
+    def _reset_pending(self) -> None:
+        """Carry out the reset that was asked for. The body of a thread: no vCPU's own can wait for all to park."""
+        with self._guard:
+            pending = self._pending_reset
+            # Paused meanwhile, it is the matter of whoever resumes it, here or elsewhere.
+            if pending is not None and self.runstate is RunState.RUNNING and not self._closed:
+                self._carry_out(pending)
+
+    def _carry_out(self, reset: GuestEnd, boot: Boot | None = None) -> None:
+        """Under the guard: reset the machine, and let it go on as before; ``boot`` has been read already or is not."""
+        try:
+            self._park()
+            if not self._reboot:
+                self._finish(reset)
+            elif not self._runstate.ended:
+                self._power_on.restore(boot or self._power_on.read())
+                self._pending_reset = None
+                self.on_reset(reset)
+                if self.runstate is RunState.RUNNING:
+                    self._let_go()
+        except KvmigrateError as error:
+            self._finish(reset.but(str(error)))
+        except Exception as error:
+            self._finish(GuestEnd.crashed(f"the reset met a fault of kvmigrate's own: {error!r}"))
 
     def press_power_button(self) -> None:
         """Ask the guest's system to shut down, by an ACPI event: what it does is its own matter."""
@@ -205,24 +269,36 @@ class Machine:
 
     def save(self) -> list[Section]:
         """See :meth:`Migratable.save`."""
-        return save_sections(self.platform)
+        sections = save_sections(self.platform)
+        return sections if self._pending_reset is None else [*sections, pending_section()]
 
     def sample(self) -> tuple[list[Section], float]:
         """See :meth:`Migratable.sample`."""
-        sampler = Sampler(self.platform, self._runstate)
+        sampler = Sampler(self.platform, self._runstate, self._guard, self._may_run)
         return sampler.sample(), sampler.longest_ms
+
+    def _may_run(self) -> bool:
+        return self._runstate.runs and self._pending_reset is None
 
     def load(self, sections: Sequence[Section]) -> Fidelity:
         """See :meth:`Migratable.load`. Raises :class:`ConfigError` when another VM has one of the disks."""
         # Before READY is said, and so before COMMIT: the source gave the disks up when it paused, and can still go on
         # when we do not get them.
         self.platform.virtio.lock()
-        return load_sections(self.platform, sections, count_downtime=self._clock is ClockPolicy.HOST)
+        pending, others = take_pending(sections)
+        fidelity = load_sections(self.platform, others, count_downtime=self._clock is ClockPolicy.HOST)
+        self._pending_reset = pending
+        return fidelity
 
     def digest(self) -> dict[str, Value]:
         """All of a paused guest for comparison: the XXH3-64 of each page and every section, as JSON can carry them."""
         if self.runstate in (RunState.RUNNING, RunState.PRELAUNCH):
             raise StateError(self.runstate.value, "paused")
+        # Other than a migration, this reads all pages of a guest that may be reset meanwhile.
+        with self._guard:
+            return self._digest()
+
+    def _digest(self) -> dict[str, Value]:
         hashes = self.memory.hash_all()
         return {
             "slots": [
@@ -244,16 +320,34 @@ class Machine:
         return self._end
 
     def _end_guest(self, end: GuestEnd) -> None:
-        """Called by devices and vCPU threads. The first end counts; the other vCPUs park."""
-        if self._ended.is_set():
+        """Called by devices in a vCPU's thread, and for its exits. The other vCPUs park."""
+        if self._ended.is_set() or self._pending_reset is not None:
             return
+        if end.kind == RESET and self._reboot:
+            # Before the request to pause: whoever has paused the machine sees it.
+            self._pending_reset = end
+            self.platform.vm.group.request_pause()
+            self._start_reset()
+        else:
+            self._finish(end)
+
+    def _finish(self, end: GuestEnd) -> None:
+        """The first end counts."""
         self.platform.vm.group.request_pause()
-        self._end = end
+        # Not the guard, whose holder may be waiting for the vCPU in whose thread this is.
+        with self._ending:
+            if self._end is not None:
+                return
+            self._end = end
         self._runstate.move(RunState.INTERNAL_ERROR if end.kind == CRASH else RunState.SHUTDOWN)
         self._ended.set()
         self.on_end(end)
 
     def close(self) -> None:
         """See :meth:`Migratable.close`; not from a vCPU's thread."""
+        with self._guard:
+            self._closed = True
         self.cpus.stop()
+        if self._resetter is not None:
+            self._resetter.join()
         self.platform.close()

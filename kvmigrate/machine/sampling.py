@@ -8,8 +8,8 @@ between two pauses the guest runs. Clock, timer, interrupt chips and virtio devi
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 from ..kvm.vcpu_state import save_vcpu
 from ..kvm.vm_state import save_vm
@@ -24,11 +24,20 @@ GAP = 3.0
 
 
 class Sampler:
-    """Samples ``platform``, whose run state stays as it is."""
+    """Samples ``platform``, whose run state stays as it is. Each pause is under ``guard``, which keeps resets and other
+    pauses away; ``may_run`` says whether the guest goes on after it."""
 
-    def __init__(self, platform: Platform, runstate: RunStateBox) -> None:
+    def __init__(
+        self,
+        platform: Platform,
+        runstate: RunStateBox,
+        guard: AbstractContextManager[object],
+        may_run: Callable[[], bool],
+    ) -> None:
         self._platform = platform
         self._runstate = runstate
+        self._guard = guard
+        self._may_run = may_run
         self.longest_ms = 0.0
         """The longest pause."""
 
@@ -49,17 +58,18 @@ class Sampler:
     @contextmanager
     def _standing_still(self) -> Iterator[None]:
         """No vCPU runs; the guest is not told, for so short a pause is no news to it."""
-        if not self._runstate.runs:
-            yield
-            return
-        group, begin = self._platform.vm.group, time.monotonic()
-        try:
-            group.pause(PAUSE_TIMEOUT_MS)
-            yield
-        finally:
-            # Only a vCPU ends the guest, and none can while all are parked: this does not let an ended one run.
-            if self._runstate.runs:
-                group.resume()
-        passed = time.monotonic() - begin
-        self.longest_ms = max(self.longest_ms, passed * 1e3)
-        time.sleep(GAP * passed)
+        with self._guard:
+            paused_here, begin = self._runstate.runs, time.monotonic()
+            try:
+                if paused_here:
+                    self._platform.vm.group.pause(PAUSE_TIMEOUT_MS)
+                yield
+            finally:
+                # Only a vCPU ends the guest or asks for a reset, and none can while all are parked: this lets neither
+                # an ended one run nor one that waits for its reset.
+                if paused_here and self._may_run():
+                    self._platform.vm.group.resume()
+        if paused_here:
+            passed = time.monotonic() - begin
+            self.longest_ms = max(self.longest_ms, passed * 1e3)
+            time.sleep(GAP * passed)

@@ -94,6 +94,11 @@ class GuestMemory:
         """Touch ``nr_pages`` from ``gfn`` on, so that they take no fault later. Raises :class:`HostError`."""
         check(lib.kmig_memory_prefault(self.handle, gfn, nr_pages), f"touching {nr_pages} pages at gfn {gfn:#x}")
 
+    def clear(self) -> None:
+        """Make all of it zero and mark what held anything as dirty. Nothing may write meanwhile; copying may go on.
+        Raises :class:`HostError`, with some of it cleared."""
+        check(lib.kmig_memory_clear(self.handle), "giving guest memory back")
+
     def resident_bitmap(self, slot_index: int) -> bytearray:
         """Bit n is set when page n of the slot may hold anything but zeros; found without reading a page."""
         nr_pages = self.slots[slot_index].nr_pages

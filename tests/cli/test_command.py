@@ -18,8 +18,8 @@ from kvmigrate.cli.app import run_command
 from .command import Host
 
 VERBS = (
-    "run", "receive", "send", "check", "snapshot", "restore", "list", "query", "pause", "resume", "cancel", "powerdown",
-    "stop", "inspect", "verify", "resolve", "doctor", "cpu-baseline", "demo",
+    "run", "receive", "send", "check", "snapshot", "restore", "list", "query", "pause", "resume", "console", "cancel",
+    "balloon", "powerdown", "reset", "stop", "inspect", "verify", "resolve", "doctor", "cpu-baseline", "demo",
 )  # fmt: skip
 
 
@@ -100,6 +100,7 @@ ERRORS = [
     (["resume", "vm"], "no VM named vm is running here"),
     (["cancel", "vm"], "no VM named vm is running here"),
     (["stop", "vm"], "no VM named vm is running here"),
+    (["reset", "vm"], "no VM named vm is running here"),
     (["resolve", "vm"], "say --run if"),
     (["resolve", "vm", "--run", "--discard"], "say --run if"),
     (["resolve", "vm", "--run"], "no guest named vm is in doubt here"),

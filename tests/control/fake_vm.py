@@ -43,6 +43,9 @@ class FakeVm:
         if self.server is not None:
             self.server.emit(name)
 
+    async def reset(self) -> None:
+        self.log.append("reset")
+
     async def digest(self) -> Mapping[str, Any]:
         raise RuntimeError("the hash machine\nis broken")
 

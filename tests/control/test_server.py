@@ -122,7 +122,7 @@ def test_events_reach_only_those_who_negotiated(path: Path) -> None:
         (b'{"execute": "x-kvmigrate-snapshot", "arguments": {"directory": "relative"}}', "GenericError"),
         (b'{"execute": "x-kvmigrate-snapshot", "arguments": {"directory": "/a", "compression": "gz"}}', "GenericError"),
         (b'{"execute": "x-kvmigrate-resolve", "arguments": {"action": "both"}}', "GenericError"),
-        (b'{"execute": "system_reset"}', "GenericError"),
+        (b'{"execute": "system_reset", "arguments": {"hard": true}}', "GenericError"),
         (b'{"execute": "\\ud800"}', "CommandNotFound"),
         (b"nonsense\n", "GenericError"),
         (b'{"execute": "query-status"', None),

@@ -25,8 +25,9 @@ SELECTED = (
     "tests/emulated/inside/linux.py",
     "tests/emulated/inside/storage.py",
     "tests/emulated/inside/console.py",
+    "tests/emulated/inside/rebooting.py",
 )
-LEAST_TESTS = 19
+LEAST_TESTS = 20
 
 pytestmark = pytest.mark.timeout(TIMEOUT_S + 120)
 

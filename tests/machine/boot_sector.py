@@ -13,12 +13,15 @@ HANG = bytes([0xEB, 0xFE])
 POWER_OFF = bytes.fromhex("ba0406 b80020 ef".replace(" ", ""))
 
 
-def machine_with(directory: Path, code: bytes, *, memory_bytes: int = 4 << 20, nr_cpus: int = 1) -> Machine:
+def machine_with(
+    directory: Path, code: bytes, *, memory_bytes: int = 4 << 20, nr_cpus: int = 1, reboot: bool = False
+) -> Machine:
     """A machine that starts ``code`` at 0x7c00 in real mode and writes its serial port to ``directory``/serial."""
     image = directory / "image"
     image.write_bytes(code.ljust(510, b"\0") + b"\x55\xaa")
     boot = BootConfig(image, "flat", 0x7C00)
-    return Machine.create(MachineConfig("test", memory_bytes, nr_cpus, f"file:{directory / 'serial'}", boot))
+    serial = f"file:{directory / 'serial'}"
+    return Machine.create(MachineConfig("test", memory_bytes, nr_cpus, serial, boot, reboot=reboot))
 
 
 def out_byte(port: int, value: int) -> bytes:

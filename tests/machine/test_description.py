@@ -66,6 +66,40 @@ def test_a_missing_field_is_refused_by_name(key: str) -> None:
         Description.from_value(value)
 
 
+BOOT = {
+    "image": b"/vmlinuz", "image_hash": 1, "method": "linux", "load_addr": 0x7C00,
+    "initrd": b"/initrd\xff", "initrd_hash": 2, "cmdline": b"root=/dev/vda \xff",
+}  # fmt: skip
+
+
+def test_what_it_was_booted_from_survives_the_wire_whatever_its_bytes() -> None:
+    value = good() | {"boot": BOOT}
+    assert Description.from_value(value).to_value() == value
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("image", b""),
+        ("image", b"vmlinuz"),
+        ("image", b"/vmlinuz\0"),
+        ("image", "/vmlinuz"),
+        ("image", b"/" * 4096),
+        ("image_hash", -1),
+        ("image_hash", 1 << 64),
+        ("initrd", b"../initrd"),
+        ("method", "bios"),
+        ("method", 7),
+        ("load_addr", -1),
+        ("cmdline", bytes((16 << 10) + 1)),
+        ("surprise", 1),
+    ],
+)
+def test_a_hostile_word_of_what_it_was_booted_from_is_refused(key: str, value: Any) -> None:
+    with pytest.raises(BadField, match="boot"):
+        Description.from_value(good() | {"boot": BOOT | {key: value}})
+
+
 def test_an_unknown_field_is_refused_by_name() -> None:
     with pytest.raises(BadField, match="surprise"):
         Description.from_value(good() | {"surprise": 1})

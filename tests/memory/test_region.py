@@ -227,3 +227,49 @@ def test_every_host_write_is_in_the_log_once(memory: GuestMemory) -> None:
     assert log.sync() == 3
     assert copied_gfns(memory, first=False) == [6, 7, ODD_BYTES // PAGE_BYTES - 1]
     assert log.sync() == 0
+
+
+class TestClear:
+    """What a reset makes of memory."""
+
+    def test_it_is_all_zero_and_given_back(self, large: GuestMemory) -> None:
+        for gpa in (0, HOLE_START - PAGE_BYTES, HOLE_END, 7 * GIB // 2 + HOLE_END - HOLE_START - PAGE_BYTES):
+            large.write(gpa, b"guest")
+        large.clear()
+        assert large.resident_pages() == 0
+        assert not any(any(words) for words in large.hash_all())
+
+    def test_a_mapped_file_is_gone_too_and_unharmed(self, memory: GuestMemory) -> None:
+        with tempfile.TemporaryFile() as file:
+            file.write(b"f" * 4 * PAGE_BYTES)
+            file.flush()
+            memory.map_file(100, 4, file.fileno(), 0)
+            memory.write(99 * PAGE_BYTES, b"guest")
+            memory.clear()
+            assert memory.resident_pages() == 0
+            assert memory.read(99 * PAGE_BYTES, 5 * PAGE_BYTES) == bytes(5 * PAGE_BYTES)
+            assert os.pread(file.fileno(), PAGE_BYTES, 0) == b"f" * PAGE_BYTES
+
+    def test_rounds_under_way_copy_each_page_that_held_anything_as_zeros(self, memory: GuestMemory) -> None:
+        log = DirtyLog(memory, LogMode.GET)
+        log.start()
+        last = ODD_BYTES // PAGE_BYTES - 1
+        for gfn in (3, last):
+            memory.write(gfn * PAGE_BYTES, b"x")
+        assert copied_gfns(memory, first=True) == [3, last]
+        memory.clear()
+        assert log.sync() > 0
+        runs = [run for chunk, _ in take_round(memory, first=False) for run in chunk]
+        assert runs == [(3, 1, lib.KMIG_RUN_ZERO), (last, 1, lib.KMIG_RUN_ZERO)]
+        assert (memory.digest, memory.nr_hashed) == (0, 0)
+
+    def test_what_is_written_afterwards_is_copied(self, memory: GuestMemory) -> None:
+        log = DirtyLog(memory, LogMode.GET)
+        log.start()
+        memory.write(5 * PAGE_BYTES, b"before")
+        assert copied_gfns(memory, first=True) == [5]
+        memory.clear()
+        memory.write(5 * PAGE_BYTES, b"after")
+        log.sync()
+        assert copied_gfns(memory, first=False) == [5]
+        assert memory.read(5 * PAGE_BYTES, 6) == b"after\0"

@@ -53,6 +53,10 @@ long kmig_memory_resident(struct kmig_memory *memory, uint32_t slot_index, uint6
 // Touch nr_pages from gfn on so that they take no fault later.
 int kmig_memory_prefault(struct kmig_memory *memory, uint64_t gfn, uint64_t nr_pages);
 
+// Make all of RAM zero by giving its pages back, those of a mapped file too, and mark host_dirty what held anything: rounds
+// that are under way send it again. No vCPU and no device may write meanwhile. After an error RAM may be cleared in part.
+int kmig_memory_clear(struct kmig_memory *memory);
+
 // XXH3-64 of every page of a slot as it is now into hashes (nr_pages words), 0 for a zero or untouched page. For tests.
 int kmig_memory_hash_all(struct kmig_memory *memory, uint32_t slot_index, uint64_t *hashes);
 

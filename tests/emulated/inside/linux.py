@@ -78,7 +78,7 @@ def _is_adjusted(text: str) -> bool:
 
 @pytest.mark.parametrize("cpus", [1, 2] if os.environ.get("KVMIGRATE_LONG") else [1])
 def test_debian_boots_finds_every_cpu_and_powers_off(world: World, cpus: int) -> None:
-    guest = boot(world, cpus)
+    guest = boot(world, cpus, "--no-reboot")
     assert f"cpus {cpus}, clock kvm-clock\n" in guest.log.text
     devices = {word for line in said(guest, "ls -1 /sys/bus/acpi/devices") for word in line.split()}
     assert {"ACPI0013:00", "PNP0501:00", "PNP0C0C:00", "QEMU0001:00"} <= devices
@@ -89,7 +89,7 @@ def test_debian_boots_finds_every_cpu_and_powers_off(world: World, cpus: int) ->
 
 def test_a_running_debian_moves_with_every_page_and_never_notices(world: World) -> None:
     digests = watch(world)
-    guest = boot(world, 1)
+    guest = boot(world, 1, "--no-reboot")
     require_progress(guest.log, 5, timeout_s=60)
     moved = world.hop(guest, world.tcp())
     require_progress(moved.log, 10, timeout_s=150)
