@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import sys
 import threading
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -15,15 +16,15 @@ CACHE = image.ROOT / "build" / "emulated"
 _building = threading.Lock()
 
 
-def run(command: str, directory: Path, timeout_s: float, *more: str) -> Outcome:
+def run(command: str, directory: Path, timeout_s: float, *more: str, laid_over: Sequence[Path] = ()) -> Outcome:
     """Boot a fresh host that runs ``command`` with kvmigrate installed. ``directory`` keeps what it leaves; ``more`` is
-    for QEMU."""
+    for QEMU; the archives ``laid_over`` are unpacked over the others."""
     job = directory / "job.cpio"
     # One at a time: a build writes beside the sources.
     with _building:
         linux, base = prepare()
         image.write_job(job, linux, image.build_wheel(directory), command)
-    return boot(linux.image, [base, job], directory, timeout_s, *more)
+    return boot(linux.image, [base, job, *laid_over], directory, timeout_s, *more)
 
 
 def prepare() -> tuple[kernel.Kernel, Path]:
