@@ -26,6 +26,7 @@ from .samples import Sample, Series, interleave
 from .scratch import scratch
 
 KERNEL, INITRD, WORK = "/guest/vmlinuz", "/guest/initrd", "/bench/work.cpio"
+QEMU = "/usr/bin/qemu-system-x86_64"  # it looks for its firmware in ../share/qemu
 RESULT = Path("/tmp/result.xml")
 APPEND = "console=ttyS0 quiet panic=-1"
 MEMORY_MIB, DISK_MIB = 128, 128
@@ -61,7 +62,7 @@ def kvmigrate(place: Place) -> tuple[list[str], Path]:
 def qemu(machine: str, place: Place) -> tuple[list[str], Path]:
     """The same guest on the same devices; modern virtio, as kvmigrate's."""
     monitor = place.directory / "qmp"
-    command = ["qemu-system-x86_64", "-M", *machine.split(), "-accel", "kvm", "-cpu", "host", "-m", f"{MEMORY_MIB}M"]
+    command = [QEMU, "-M", *machine.split(), "-accel", "kvm", "-cpu", "host", "-m", f"{MEMORY_MIB}M"]
     command += ["-nodefaults", "-no-user-config", "-display", "none", "-global", "virtio-mmio.force-legacy=false"]
     command += ["-kernel", KERNEL, "-initrd", str(place.initrd), "-append", APPEND, "-serial", place.serial]
     command += ["-drive", f"file={place.disk},format=raw,if=none,id=data", "-device", "virtio-blk-device,drive=data"]
@@ -96,10 +97,10 @@ class Machine:
             )
         try:
             self.qmp = Qmp(monitor, START_S)
-        except QmpError as error:
+        except (OSError, QmpError) as error:
             self.process.kill()
             self.process.wait()
-            raise QmpError(f"{error}: {self._errors.read_text()[-300:]}") from None
+            raise QmpError(f"{error}: {self._errors.read_text()[-300:].strip()}") from None
         self.ready_s = time.monotonic()
 
     def close(self) -> None:

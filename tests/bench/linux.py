@@ -16,12 +16,12 @@ from tests.emulated.cpio import Archive
 from tests.emulated.image import ROOT, TESTS
 
 from .goals import Goal, Group
-from .hosted import READ_MIB, SEND_MIB, SYSTEMS, WORK
+from .hosted import QEMU, READ_MIB, SEND_MIB, SYSTEMS, WORK
 from .qemu import qemu_binary
 from .samples import Sample, Series
 
 RUNS = int(os.environ.get("KVMIGRATE_BENCH_LINUX_RUNS", "3"))
-SECONDS = 900
+SECONDS = int(os.environ.get("S","900"))
 FIRMWARE = ("bios-microvm.bin", "qboot.rom", "linuxboot_dma.bin", "kvmvapic.bin")
 FIRMWARE_PLACES = (Path("/usr/share/qemu"), Path("/usr/share/seabios"))
 FIGURES = ["boot ms", "boot, the guest alone ms", "cpu ms", "disk ms", "tcp ms", "blackout ms"]
@@ -67,7 +67,7 @@ def _archive(directory: Path) -> Path:
     with path.open("wb") as out:
         archive = Archive(out)
         binary = Path(qemu_binary())
-        archive.add(binary.resolve(), "/bin/qemu-system-x86_64")
+        archive.add(binary.resolve(), QEMU)
         listed = subprocess.run(["ldd", str(binary)], check=True, capture_output=True, text=True).stdout
         for name in sorted(set(re.findall(r"(/\S+) \(0x", listed))):
             archive.add_resolved(Path(name))
