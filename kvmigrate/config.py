@@ -84,23 +84,33 @@ class Address:
 
 @dataclass(frozen=True, slots=True)
 class Compression:
-    """How page data is compressed: not at all (``level`` None) or by zstd at ``level``."""
+    """How pages are compressed: not at all (``level`` None), by zstd at ``level``, or as suits the link (``auto``)."""
 
     level: int | None = None
+    auto: bool = False
 
     @classmethod
     def parse(cls, text: str) -> Compression:
-        """``none``, ``zstd`` or ``zstd:LEVEL`` with a level of -7 to 19. Raises :class:`ConfigError`."""
+        """``auto``, ``none``, ``zstd`` or ``zstd:LEVEL``, levels from -7 to 19. Raises :class:`ConfigError`."""
         name, _, level = text.partition(":")
+        if text == "auto":
+            return cls(auto=True)
         if name == "none" and not level:
             return cls(None)
         if name != "zstd" or (level and not re.fullmatch(r"-?\d{1,2}", level)):
-            raise ConfigError(f"{text!r} is not a compression: write none, zstd or zstd:LEVEL")
+            raise ConfigError(f"{text!r} is not a compression: write auto, none, zstd or zstd:LEVEL")
         if level and not -7 <= int(level) <= 19:
             raise ConfigError(f"zstd level {level} is out of range: take -7 (fastest) to 19 (smallest)")
         return cls(int(level) if level else 1)
 
+    @property
+    def may_pack(self) -> bool:
+        """Whether any page may be compressed."""
+        return self.auto or self.level is not None
+
     def __str__(self) -> str:
+        if self.auto:
+            return "auto"
         return "none" if self.level is None else f"zstd:{self.level}"
 
 
@@ -243,6 +253,9 @@ class MachineConfig:
             raise ConfigError(f"{self.nr_cpus} vCPUs cannot be had: take 1 to {MAX_CPUS}")
 
 
+MIN_DELTA_BYTES = 1 << 20
+
+
 @dataclass(frozen=True, slots=True)
 class MigrationParameters:
     """What bounds a migration. ``bandwidth_bytes_s`` 0 means no cap; times are in milliseconds."""
@@ -253,12 +266,16 @@ class MigrationParameters:
     compression: Compression = Compression()
     timeout_ms: float = 10_000.0
     """How long the other side may say nothing before it counts as dead."""
+    delta_cache_bytes: int = 32 << 20
+    """Room for pages as they were last sent, to send what changed in them; 0 for none. Only with compression."""
 
     def __post_init__(self) -> None:
         if not 0 < self.downtime_limit_ms <= 2_000_000:
             raise ConfigError(f"a downtime limit of {self.downtime_limit_ms:g} ms cannot be meant: take 1 to 2000000")
         if self.bandwidth_bytes_s < 0 or self.max_rounds < 1 or self.timeout_ms <= 0:
             raise ConfigError("bandwidth must not be negative, and max-rounds and the timeout must be positive")
+        if self.delta_cache_bytes and not MIN_DELTA_BYTES <= self.delta_cache_bytes <= MAX_MEMORY_BYTES:
+            raise ConfigError(f"a delta cache of {self.delta_cache_bytes} bytes cannot be had: take 0 or 1M and more")
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,3 +286,7 @@ class SnapshotParameters:
     compression: Compression = Compression()
     downtime_limit_ms: float = 300.0
     max_rounds: int = 30
+
+    def __post_init__(self) -> None:
+        if self.compression.auto:
+            raise ConfigError("a snapshot's compression cannot be auto, which goes by a link: take none or zstd")

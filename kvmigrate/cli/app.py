@@ -135,7 +135,10 @@ def send(
     bandwidth: Annotated[str, typer.Option(help="Most bytes per second, such as 1GiB/s; 0: no cap.")] = "0",
     max_rounds: Annotated[int, typer.Option(help="Give up after so many rounds.")] = _DEFAULTS.max_rounds,
     timeout: Annotated[str, typer.Option(help="How long the other side may be silent.")] = "10s",
-    compress: Compress = "none",
+    compress: Annotated[str, typer.Option(help="auto, none, zstd or zstd:LEVEL.")] = "none",
+    delta_cache: Annotated[
+        str, typer.Option(help="Room for pages as last sent, to send what changed; 0: none.")
+    ] = "32M",
     json: Json = False,
     verbose: Verbose = False,
 ) -> int:
@@ -143,7 +146,16 @@ def send(
     from . import transfer
 
     return transfer.send(
-        name, address, downtime_limit, bandwidth, max_rounds, timeout, compress, as_json=json, verbose=verbose
+        name,
+        address,
+        downtime_limit,
+        bandwidth,
+        max_rounds,
+        timeout,
+        compress,
+        delta_cache,
+        as_json=json,
+        verbose=verbose,
     )
 
 

@@ -50,7 +50,11 @@ def rounds(records: Sequence[Mapping[str, Any]]) -> None:
         total["rate"] = total["bytes"] / (total["time"] / 1e3) if total["time"] else 0
         rows.append(["total", *_round_cells(total)])
     columns = ["round", "pages dirty", "zero", "sent", "bytes", "time", "rate"]
-    show.table("", columns, rows, right=range(1, 7))
+    if any(record.get("compression") for record in records):
+        columns += ["sent as", "why"]
+        for row, record in zip(rows, records, strict=False):
+            row += [record.get("compression", ""), record.get("compression-why", "")]
+    show.table("", columns, [[*row, *[""] * (len(columns) - len(row))] for row in rows], right=range(1, 7))
     print()
 
 

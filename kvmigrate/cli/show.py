@@ -77,7 +77,7 @@ def table(
         show_header=any(columns),
     )
     for i, column in enumerate(columns):
-        grid.add_column(column, justify="right" if i in right else "left", overflow="fold")
+        grid.add_column(column, justify="right" if i in right else "left", overflow="fold", no_wrap=i in right)
     for row in rows:
         grid.add_row(*(Text(cell) for cell in row))
     out = console(stderr=stderr)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..config import Compression, MigrationParameters, parse_duration_ms, parse_rate
+from ..config import Compression, MigrationParameters, parse_duration_ms, parse_rate, parse_size
 from ..control.client import Client
 from ..errors import KvmigrateError, MigrationError, SnapshotError
 from . import report, show
@@ -35,6 +35,7 @@ def send(
     max_rounds: int,
     timeout: str,
     compress: str,
+    delta_cache: str,
     *,
     as_json: bool,
     verbose: bool,
@@ -47,6 +48,7 @@ def send(
         max_rounds=max_rounds,
         compression=Compression.parse(compress),
         timeout_ms=parse_duration_ms(timeout),
+        delta_cache_bytes=parse_size(delta_cache),
     )
     with Client.of(name) as vm:
         enable = [{"capability": "events", "state": True}]
@@ -62,6 +64,7 @@ def _parameters(parameters: MigrationParameters) -> dict[str, Any]:
         "max-bandwidth": parameters.bandwidth_bytes_s,
         "x-kvmigrate-max-rounds": parameters.max_rounds,
         "x-kvmigrate-compression": str(parameters.compression),
+        "x-kvmigrate-delta-cache": parameters.delta_cache_bytes,
         "x-kvmigrate-timeout": max(round(parameters.timeout_ms), 1),
     }
 

@@ -16,7 +16,8 @@ PARAMETERS = (
     Argument("multifd-compression", Kind.STRING, "none or zstd"),
     Argument("multifd-zstd-level", Kind.INTEGER, "1 to 19", low=1, high=19),
     Argument("x-kvmigrate-max-rounds", Kind.INTEGER, "give up after so many rounds", low=1, high=10_000),
-    Argument("x-kvmigrate-compression", Kind.STRING, "none, zstd or zstd:LEVEL, levels from -7 to 19"),
+    Argument("x-kvmigrate-compression", Kind.STRING, "auto, none, zstd or zstd:LEVEL, levels from -7 to 19"),
+    Argument("x-kvmigrate-delta-cache", Kind.INTEGER, "bytes for pages as last sent; 0 is none", low=0, high=1 << 40),
     Argument("x-kvmigrate-timeout", Kind.INTEGER, "how long the peer may be silent, in ms", low=1, high=3_600_000),
 )
 
@@ -40,6 +41,8 @@ def changed(parameters: MigrationParameters, wanted: Mapping[str, Any]) -> Migra
         fields["bandwidth_bytes_s"] = wanted["max-bandwidth"]
     if "x-kvmigrate-max-rounds" in wanted:
         fields["max_rounds"] = wanted["x-kvmigrate-max-rounds"]
+    if "x-kvmigrate-delta-cache" in wanted:
+        fields["delta_cache_bytes"] = wanted["x-kvmigrate-delta-cache"]
     if "x-kvmigrate-timeout" in wanted:
         fields["timeout_ms"] = float(wanted["x-kvmigrate-timeout"])
     return replace(parameters, compression=_compression(parameters.compression, wanted), **fields)
@@ -67,6 +70,7 @@ def to_qmp(parameters: MigrationParameters) -> dict[str, object]:
         "multifd-zstd-level": max(level or 1, 1),
         "x-kvmigrate-max-rounds": parameters.max_rounds,
         "x-kvmigrate-compression": str(parameters.compression),
+        "x-kvmigrate-delta-cache": parameters.delta_cache_bytes,
         "x-kvmigrate-timeout": round(parameters.timeout_ms),
     }
 

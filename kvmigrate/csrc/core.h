@@ -16,8 +16,10 @@
 
 #include "api/ioctl.h"
 #include "api/vcpu.h"
+#include "api/uart.h"
 #include "api/memory.h"
 #include "api/dirty.h"
+#include "api/delta.h"
 #include "api/page.h"
 #include "api/stream.h"
 #include "api/file.h"

@@ -14,6 +14,23 @@ static inline uint8_t *kmig_memory_hva(const struct kmig_memory *memory, uint64_
     return slot->hva + (gfn - slot->base_gfn) * KMIG_PAGE_BYTES;
 }
 
+// A round begins; a first one has nothing to build upon.
+void kmig_delta_begin(struct kmig_delta *delta, bool first);
+
+// Forget gfn: nobody knows any more what the other side holds.
+void kmig_delta_drop(struct kmig_delta *delta, uint64_t gfn);
+
+// Keep a page that hashes to hash and is about to be sent; last_hash is of what was sent before. Returns whether it is to
+// be sent as what changed, which then stands in page.
+bool kmig_delta_take(struct kmig_delta *delta, uint64_t gfn, uint8_t *page, uint64_t hash, uint64_t last_hash);
+
+// Whether delta runs are in a checked table exactly if bases (the sum of their old pages, on the wire) is not NULL, and are
+// to be built upon what lies here: 0, -EPROTO, or -ESTALE.
+int kmig_delta_check(const struct kmig_memory *memory, const struct kmig_page_run *run, uint32_t nr_runs,
+                     const uint8_t *bases);
+
+void kmig_delta_apply(uint8_t *page, const uint8_t *changed, size_t size_bytes);
+
 // After the pages of a checked run have arrived: hash them, or make them zero.
 void kmig_run_received(struct kmig_memory *memory, const struct kmig_page_run *run);
 
@@ -36,8 +53,5 @@ static inline void kmig_count(uint64_t *counter, uint64_t more)
 {
     __atomic_store_n(counter, *counter + more, __ATOMIC_RELAXED);
 }
-
-// Hold back a chunk of size_bytes until the cap of round allows it; -ECANCELED when aborted meanwhile.
-int kmig_round_pace(struct kmig_round *round, uint64_t size_bytes);
 
 #endif

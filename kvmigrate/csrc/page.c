@@ -82,7 +82,7 @@ void kmig_memory_forget_hashes(struct kmig_memory *memory)
 void kmig_round_begin(struct kmig_memory *memory, struct kmig_round *round)
 {
     uint64_t *const counters[] = {&round->pages_total, &round->pages_done,    &round->pages_zero, &round->pages_sent,
-                                  &round->pages_cleared, &round->bytes_sent, &round->busy_ns};
+                                  &round->pages_cleared, &round->bytes_sent, &round->busy_ns, &round->pages_delta};
 
     for (size_t i = 0; i < sizeof(counters) / sizeof(*counters); i++)
         __atomic_store_n(counters[i], 0, __ATOMIC_RELAXED);
@@ -91,6 +91,8 @@ void kmig_round_begin(struct kmig_memory *memory, struct kmig_round *round)
     round->window_end = 0;
     if (round->first)
         kmig_memory_forget_hashes(memory);
+    if (round->delta)
+        kmig_delta_begin(round->delta, round->first);
     for (uint32_t i = 0; i < memory->nr_slots; i++) {
         struct kmig_slot *slot = &memory->slot[i];
         // Pending until its window comes up: a round that is broken off has then forgotten nothing.
@@ -191,14 +193,32 @@ static void append(struct kmig_chunk *chunk, uint64_t gfn, uint32_t kind, uint8_
 {
     struct kmig_page_run *last = &chunk->run[chunk->nr_runs - (chunk->nr_runs > 0)];
 
-    chunk->nr_data_pages += kind == KMIG_RUN_DATA;
+    chunk->nr_data_pages += kind != KMIG_RUN_ZERO;
     if (chunk->nr_runs && last->kind == kind && last->gfn + last->nr_pages == gfn &&
         (kind == KMIG_RUN_ZERO || chunk->hva[chunk->nr_runs - 1] + (uint64_t)last->nr_pages * KMIG_PAGE_BYTES == hva)) {
         last->nr_pages++;
         return;
     }
-    chunk->hva[chunk->nr_runs] = kind == KMIG_RUN_DATA ? hva : NULL;
+    chunk->hva[chunk->nr_runs] = kind != KMIG_RUN_ZERO ? hva : NULL;
     chunk->run[chunk->nr_runs++] = (struct kmig_page_run){gfn, 1, kind};
+}
+
+// How a page that is not zero goes. Only of what went through the bounce buffer is known what the other side holds: a
+// page that is sent from where the guest writes may have torn.
+static uint32_t kind_of(struct kmig_round *round, struct kmig_chunk *chunk, uint64_t gfn, uint8_t *bounced,
+                        uint64_t hash, uint64_t known)
+{
+    if (!round->delta || round->first)
+        return KMIG_RUN_DATA;
+    if (!bounced)
+        kmig_delta_drop(round->delta, gfn);
+    else if (kmig_delta_take(round->delta, gfn, bounced, hash, known)) {
+        chunk->bases += kmig_digest_term(gfn, known);
+        chunk->nr_delta_pages++;
+        kmig_count(&round->pages_delta, 1);
+        return KMIG_RUN_DELTA;
+    }
+    return KMIG_RUN_DATA;
 }
 
 // Take one page off pending and decide what becomes of it. Returns how many pages the chunk grew by.
@@ -225,7 +245,9 @@ static uint32_t take_page(struct kmig_memory *memory, struct kmig_round *round, 
         return 0;
     }
     kmig_count(hash ? &round->pages_sent : &round->pages_cleared, 1);
-    append(chunk, slot->base_gfn + page, hash ? KMIG_RUN_DATA : KMIG_RUN_ZERO, hva);
+    uint64_t gfn = slot->base_gfn + page;
+    uint32_t kind = hash ? kind_of(round, chunk, gfn, bounce ? hva : NULL, hash, known) : KMIG_RUN_ZERO;
+    append(chunk, gfn, kind, hva);
     return 1;
 }
 
@@ -236,6 +258,8 @@ int kmig_round_next(struct kmig_memory *memory, struct kmig_round *round, struct
 
     chunk->nr_runs = 0;
     chunk->nr_data_pages = 0;
+    chunk->nr_delta_pages = 0;
+    chunk->bases = 0;
     while (nr_pages < limit) {
         if (round->page == round->window_end) {
             int rc = next_window(memory, round);
@@ -257,6 +281,7 @@ void kmig_round_put_back(struct kmig_memory *memory, struct kmig_round *round, c
 {
     if (KMIG_FAULT("forget-put-back"))
         return;
+    kmig_count(&round->pages_delta, -(uint64_t)chunk->nr_delta_pages);
     for (uint32_t i = 0; i < chunk->nr_runs; i++) {
         const struct kmig_page_run *run = &chunk->run[i];
         struct kmig_slot *slot = kmig_memory_slot(memory, run->gfn);
@@ -267,7 +292,10 @@ void kmig_round_put_back(struct kmig_memory *memory, struct kmig_round *round, c
         if (run->kind == KMIG_RUN_ZERO)
             for (uint64_t page = first; page < first + run->nr_pages; page++)
                 kmig_hash_set(memory, slot, page, 1);
-        kmig_count(run->kind == KMIG_RUN_DATA ? &round->pages_sent : &round->pages_cleared, -(uint64_t)run->nr_pages);
+        else if (round->delta)
+            for (uint64_t gfn = run->gfn; gfn < run->gfn + run->nr_pages; gfn++)
+                kmig_delta_drop(round->delta, gfn);
+        kmig_count(run->kind != KMIG_RUN_ZERO ? &round->pages_sent : &round->pages_cleared, -(uint64_t)run->nr_pages);
         kmig_count(&round->pages_done, -(uint64_t)run->nr_pages);
     }
 }
@@ -280,13 +308,13 @@ long kmig_table_check(const struct kmig_memory *memory, const struct kmig_page_r
         return -EINVAL;
     for (uint32_t i = 0; i < nr_runs; i++) {
         const struct kmig_slot *slot = kmig_memory_slot(memory, run[i].gfn);
-        if (!slot || run[i].gfn < next_gfn || !run[i].nr_pages || run[i].kind > KMIG_RUN_ZERO)
+        if (!slot || run[i].gfn < next_gfn || !run[i].nr_pages || run[i].kind > KMIG_RUN_DELTA)
             return -EINVAL;
         if (run[i].nr_pages > slot->nr_pages - (run[i].gfn - slot->base_gfn))
             return -EINVAL;
         next_gfn = run[i].gfn + run[i].nr_pages;
         nr_pages += run[i].nr_pages;
-        nr_data += run[i].kind == KMIG_RUN_DATA ? run[i].nr_pages : 0;
+        nr_data += run[i].kind != KMIG_RUN_ZERO ? run[i].nr_pages : 0;
     }
     return nr_pages > KMIG_CHUNK_PAGES ? -EINVAL : (long)nr_data;
 }
@@ -298,7 +326,7 @@ void kmig_run_received(struct kmig_memory *memory, const struct kmig_page_run *r
 
     for (uint64_t page = first; page < first + run->nr_pages; page++) {
         uint8_t *hva = slot->hva + page * KMIG_PAGE_BYTES;
-        uint64_t hash = run->kind == KMIG_RUN_DATA ? kmig_page_hash(hva) : 0;
+        uint64_t hash = run->kind != KMIG_RUN_ZERO ? kmig_page_hash(hva) : 0;
         // Looked at first: a page that is zero already need not be allocated to become so.
         if (run->kind == KMIG_RUN_ZERO && !kmig_page_is_zero(hva))
             memset(hva, 0, KMIG_PAGE_BYTES);
@@ -310,10 +338,12 @@ int kmig_table_apply(struct kmig_memory *memory, const struct kmig_page_run *run
 {
     for (uint32_t i = 0; i < nr_runs; i++) {
         size_t size_bytes = (size_t)run[i].nr_pages * KMIG_PAGE_BYTES;
-        if (run[i].kind == KMIG_RUN_DATA) {
-            memcpy(kmig_memory_hva(memory, run[i].gfn), data, size_bytes);
-            data += size_bytes;
-        }
+        uint8_t *hva = kmig_memory_hva(memory, run[i].gfn);
+        if (run[i].kind == KMIG_RUN_DATA)
+            memcpy(hva, data, size_bytes);
+        else if (run[i].kind == KMIG_RUN_DELTA)
+            kmig_delta_apply(hva, data, size_bytes);
+        data += run[i].kind != KMIG_RUN_ZERO ? size_bytes : 0;
         kmig_run_received(memory, &run[i]);
     }
     return 0;

@@ -10,6 +10,7 @@
 #define FRAME_PAGES 3
 #define FLAG_MANDATORY 1
 #define PAGES_ZSTD 1
+#define PAGES_DELTA 2
 // A zstd frame of pages that do not shrink is this much larger than they are (ZSTD_compressBound, rounded up).
 #define ZSTD_SLACK_BYTES (KMIG_CHUNK_PAGES * KMIG_PAGE_BYTES / 256 + 512)
 
@@ -43,6 +44,7 @@ _Static_assert(KMIG_CHUNK_PAGES + 2 <= IOV_MAX, "a chunk is one sendmsg");
 struct pages_table {
     struct pages_head head;
     struct kmig_page_run run[KMIG_CHUNK_PAGES];
+    uint64_t room_for_bases;
 };
 
 static size_t table_bytes(uint32_t nr_runs)
@@ -242,13 +244,14 @@ static int send_chunk(struct kmig_round *round, const struct link *link, const s
     return rc;
 }
 
-int kmig_stream_send_round(struct kmig_memory *memory, struct kmig_round *round, int fd, uint32_t *sequence)
+int kmig_stream_send_some(struct kmig_memory *memory, struct kmig_round *round, int fd, uint32_t *sequence,
+                          uint64_t most_pages, uint64_t most_ns)
 {
     const struct link link = {fd, round->abort_fd, round->timeout_ms};
+    uint64_t first = round->pages_done, began_ns = kmig_now_ns();
     struct kmig_chunk chunk;
     int rc;
 
-    kmig_round_begin(memory, round);
     while ((rc = kmig_round_next(memory, round, &chunk, NULL)) > 0) {
         rc = kmig_aborted(round->abort_fd) ? -ECANCELED : send_chunk(round, &link, &chunk, *sequence);
         if (rc < 0) {
@@ -256,8 +259,16 @@ int kmig_stream_send_round(struct kmig_memory *memory, struct kmig_round *round,
             break;
         }
         ++*sequence;
+        if (round->pages_done - first >= most_pages || kmig_now_ns() - began_ns >= most_ns)
+            return 1;
     }
     return rc;
+}
+
+int kmig_stream_send_round(struct kmig_memory *memory, struct kmig_round *round, int fd, uint32_t *sequence)
+{
+    kmig_round_begin(memory, round);
+    return kmig_stream_send_some(memory, round, fd, sequence, UINT64_MAX, UINT64_MAX);
 }
 
 static int recv_header(struct kmig_incoming *in, const struct link *link)
@@ -284,12 +295,18 @@ static int recv_header(struct kmig_incoming *in, const struct link *link)
     return 0;
 }
 
+// Behind the table of a frame with delta runs: the sum of their bases, see api/delta.h.
+static size_t bases_bytes(uint32_t flags)
+{
+    return flags & PAGES_DELTA ? sizeof(uint64_t) : 0;
+}
+
 // Whether the sizes in a PAGES frame agree with its header and are within bounds.
 static bool head_is_sound(const struct kmig_incoming *in, const struct pages_head *head)
 {
-    return head->nr_runs > 0 && head->nr_runs <= KMIG_CHUNK_PAGES && !(head->flags & ~(uint32_t)PAGES_ZSTD) &&
+    return head->nr_runs > 0 && head->nr_runs <= KMIG_CHUNK_PAGES && !(head->flags & ~(uint32_t)(PAGES_ZSTD | PAGES_DELTA)) &&
            head->data_bytes <= KMIG_CHUNK_PAGES * KMIG_PAGE_BYTES + ZSTD_SLACK_BYTES &&
-           in->length == table_bytes(head->nr_runs) + head->data_bytes;
+           in->length == table_bytes(head->nr_runs) + bases_bytes(head->flags) + head->data_bytes;
 }
 
 // Whether as much data is announced as the pages of the table take.
@@ -312,11 +329,12 @@ static int recv_table(struct kmig_memory *memory, struct kmig_incoming *in, cons
         return rc;
     if (!head_is_sound(in, &table.head))
         return -EPROTO;
-    iov = (struct iovec){table.run, table.head.nr_runs * sizeof(*table.run)};
+    size_t head_bytes = table_bytes(table.head.nr_runs) + bases_bytes(table.head.flags);
+    iov = (struct iovec){table.run, head_bytes - sizeof(table.head)};
     rc = recv_all(link, &iov, 1);
     if (rc)
         return rc;
-    if (kmig_hash(&table, table_bytes(table.head.nr_runs)) != in->checksum)
+    if (kmig_hash(&table, head_bytes) != in->checksum)
         return -EBADMSG;
     long nr_data = kmig_table_check(memory, table.run, table.head.nr_runs);
     if (nr_data < 0)
@@ -326,8 +344,11 @@ static int recv_table(struct kmig_memory *memory, struct kmig_incoming *in, cons
     in->nr_data_pages = (uint32_t)nr_data;
     in->frame_flags = table.head.flags;
     in->length = table.head.data_bytes;
-    kmig_count(&in->bytes_received, table_bytes(in->nr_runs));
-    return data_bytes_are_sound(in, in->length) ? 0 : -EPROTO;
+    kmig_count(&in->bytes_received, head_bytes);
+    if (!data_bytes_are_sound(in, in->length))
+        return -EPROTO;
+    const uint8_t *bases = (const uint8_t *)&table + table_bytes(in->nr_runs);
+    return kmig_delta_check(memory, in->run, in->nr_runs, in->frame_flags & PAGES_DELTA ? bases : NULL);
 }
 
 static int recv_data(struct kmig_memory *memory, struct kmig_incoming *in, const struct link *link)
@@ -365,7 +386,7 @@ int kmig_stream_recv_pages(struct kmig_memory *memory, struct kmig_incoming *in,
         rc = recv_table(memory, in, &link);
         if (rc)
             return rc;
-        if (in->frame_flags & PAGES_ZSTD)
+        if (in->frame_flags)
             return 1;
         rc = recv_data(memory, in, &link);
         if (rc)

@@ -221,6 +221,9 @@ static int enter(struct kmig_vcpu *vcpu)
         return KMIG_RUN_AGAIN;
     if (rc < 0)
         return rc;
+    // Answered like any other, so not settled: the next KVM_RUN completes it, and only then may the vCPU park.
+    if (kmig_vcpu_answer(vcpu))
+        return KMIG_RUN_AGAIN;
     return vcpu->run->exit_reason == KVM_EXIT_DEBUG ? KMIG_RUN_DEBUG : KMIG_RUN_EXIT;
 }
 

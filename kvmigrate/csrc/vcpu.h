@@ -4,6 +4,19 @@
 
 #include "core.h"
 
+#define KMIG_MAX_ANSWERED_VIRTIO 16
+
+// What is answered here instead of in the caller of kmig_vcpu_run. Changes only while no vCPU has a thread.
+struct kmig_answers {
+    uint32_t nr_virtio;
+    struct {
+        uint64_t gpa;
+        struct kmig_virtio *device;
+    } virtio[KMIG_MAX_ANSWERED_VIRTIO];
+    struct kmig_uart *uart;
+    uint16_t uart_port;
+};
+
 struct kmig_vcpu {
     struct kmig_vcpus *group;
     struct kmig_vcpu *next;
@@ -26,7 +39,12 @@ struct kmig_vcpus {
     bool quit;
     int nr_running;          // vCPUs that have a thread and are not parked
     struct kmig_vcpu *first;
+    struct kmig_answers answers;
 };
+
+// Answer the exit in the vCPU's run area if it is of a register that the group's answers have. Returns false, with nothing
+// done, when it is for the caller of kmig_vcpu_run.
+bool kmig_vcpu_answer(struct kmig_vcpu *vcpu);
 
 // The no-op handler of the kick signal.
 int kmig_kick_install(void);

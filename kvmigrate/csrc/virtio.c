@@ -105,7 +105,8 @@ void kmig_virtio_reset(struct kmig_virtio *device)
     memset(device->queue, 0, sizeof(device->queue));
     device->features = 0;
     __atomic_store_n(&device->isr, 0, __ATOMIC_SEQ_CST);
-    __atomic_store_n(&device->broken, 0, __ATOMIC_SEQ_CST);
+    // A device whose thread is gone is no better after a reset.
+    __atomic_store_n(&device->broken, device->failed != 0, __ATOMIC_SEQ_CST);
 }
 
 void kmig_virtio_interrupt(struct kmig_virtio *device, uint32_t bits)
@@ -209,8 +210,13 @@ static bool park(struct kmig_virtio_thread *thread, bool *ret_look)
     return goes_on;
 }
 
-static int leave(struct kmig_virtio_thread *thread, int rc)
+int kmig_virtio_fail(struct kmig_virtio *device, int rc)
 {
+    struct kmig_virtio_thread *thread = device->thread;
+
+    // First: once nobody waits for the thread any more, what it left may be saved.
+    device->failed = -rc;
+    kmig_virtio_break(device);
     pthread_mutex_lock(&thread->lock);
     thread->here = false;
     pthread_cond_broadcast(&thread->stopped);
@@ -258,5 +264,5 @@ int kmig_virtio_wait(struct kmig_virtio *device, struct pollfd *extra, uint32_t 
         }
         rc = poll_once(device, extra, nr_extra, ret_queues);
     }
-    return rc < 0 ? leave(device->thread, rc) : 1;
+    return rc < 0 ? kmig_virtio_fail(device, rc) : 1;
 }

@@ -376,7 +376,7 @@ int kmig_virtio_net_serve(struct kmig_virtio *device, struct kmig_virtio_net *ne
     uint32_t queues;
     struct link *link = calloc(1, sizeof(*link));
     if (!link)
-        return -ENOMEM;
+        return kmig_virtio_fail(device, -ENOMEM);
     link->device = device;
     link->net = net;
     link->features = ~UINT64_C(0);

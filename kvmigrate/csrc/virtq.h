@@ -44,6 +44,10 @@ struct kmig_chain {
 // when only extra is ready), 0 when the thread must go (kmig_virtio_quit), or -errno.
 int kmig_virtio_wait(struct kmig_virtio *device, struct pollfd *extra, uint32_t nr_extra, uint32_t *ret_queues);
 
+// The device's thread cannot go on, for the reason -errno: mark the device broken, so that driver and user hear of it, and
+// have nobody wait for the thread. kmig_virtio_wait does it when it fails. Returns rc.
+int kmig_virtio_fail(struct kmig_virtio *device, int rc);
+
 // Whether a pause or a quit waits for this thread: finish the request in hand and go back to kmig_virtio_wait. What is
 // still in the queue is found after the resume.
 bool kmig_virtio_wanted(const struct kmig_virtio *device);

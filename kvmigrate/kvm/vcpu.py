@@ -60,6 +60,16 @@ class VcpuGroup:
         if self.handle != ffi.NULL:
             lib.kmig_vcpus_quit(self.handle)
 
+    def answer_virtio(self, gpa: int, device: Any) -> None:
+        """Have the core itself answer the interrupt registers of ``device``, a ``struct kmig_virtio``, whose window is
+        at ``gpa``: no :meth:`Vcpu.run` comes back for them. Before any vCPU has a thread; ``device`` outlives those."""
+        check(lib.kmig_vcpus_answer_virtio(self.handle, gpa, device), f"answering the registers at {gpa:#x}")
+
+    def answer_uart(self, port: int, uart: Any) -> None:
+        """The same for ``uart``, a ``struct kmig_uart`` whose first port is ``port``: an access comes back only when
+        the UART's back-end must hear of it."""
+        check(lib.kmig_vcpus_answer_uart(self.handle, port, uart), f"answering the ports at {port:#x}")
+
     def close(self) -> None:
         """Free the group. No thread may be in one of its vCPUs any more. Idempotent."""
         if self.handle != ffi.NULL:

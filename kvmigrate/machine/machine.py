@@ -338,6 +338,8 @@ class Machine:
         with self._ending:
             if self._end is not None:
                 return
+            # Whoever hears of the end may look for the guest's last words.
+            self.platform.serial.flush()
             self._end = end
         self._runstate.move(RunState.INTERNAL_ERROR if end.kind == CRASH else RunState.SHUTDOWN)
         self._ended.set()

@@ -78,10 +78,13 @@ class Platform:
         return vm
 
     def _wire(self, memory_bytes: int, backend: Backend, end: Callable[[GuestEnd], None]) -> dict[str, Device]:
-        com1 = serial.Serial(lambda level: self.vm.irq_line(serial.IRQ, level), backend)
+        self.serial = serial.Serial(lambda level: None, backend)
+        self._closers.append(self.serial.close)
+        self.serial.connect(self.vm.fd)
+        self.vm.group.answer_uart(serial.PORT, self.serial.handle)
         self.power = power.Power(end, lambda level: self.vm.irq_line(power.IRQ, level))
         parts: list[tuple[Device, int, int]] = [
-            (com1, serial.PORT, serial.NR_PORTS),
+            (self.serial, serial.PORT, serial.NR_PORTS),
             (cmos.Cmos(memory_bytes, len(self.vm.vcpus)), cmos.PORT, cmos.NR_PORTS),
             # Port 0x61 lies between the controller's two; the kernel's own PIT answers it before it gets here.
             (i8042.I8042(end), i8042.DATA_PORT, i8042.COMMAND_OFFSET + 1),

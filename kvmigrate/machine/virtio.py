@@ -79,6 +79,7 @@ class VirtioBus:
         self._closers.append(device.close)
         gpa, gsi = slot_of(len(self.devices))
         mmio.add(device, gpa, WINDOW_BYTES)
+        vm.group.answer_virtio(gpa, device.handle)
         vm.irqfd(device.handle.irq_fd, gsi)
         for queue in range(device.nr_queues):
             vm.ioeventfd(device.handle.kick_fd[queue], gpa + reg.QUEUE_NOTIFY, 4, queue)

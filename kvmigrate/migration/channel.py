@@ -41,6 +41,7 @@ MAX_BYTES: Mapping[int, int] = {
     FrameKind.CHECK: 4 * _KIB,
     FrameKind.CHECKED: 2048 * _KIB,
     FrameKind.RESIDENT: 128 * _KIB,
+    FrameKind.OFFER: 4 * _KIB,
     FrameKind.ROUND: 4 * _KIB,
     FrameKind.SECTION: 2048 * _KIB,
     FrameKind.END: 4 * _KIB,
@@ -186,13 +187,13 @@ class Channel:
         """Wait until the peer speaks, as long as it goes on taking what was sent: on a slow link much may be under way.
 
         Raises :class:`PeerTimeout` once ``timeout_ms`` has passed with neither a word nor a byte taken."""
-        left = self._nr_unacknowledged()
+        left = self.nr_unacknowledged()
         while not _poll([(self.fd, select.POLLIN), (self.abort.fd, select.POLLIN)], self.timeout_ms):
-            before, left = left, self._nr_unacknowledged()
+            before, left = left, self.nr_unacknowledged()
             if left >= before:
                 raise _channel_error(-errno.ETIMEDOUT, self.peer, self.timeout_ms)
 
-    def _nr_unacknowledged(self) -> int:
+    def nr_unacknowledged(self) -> int:
         """Bytes that were sent and that the peer's kernel has not taken yet (SIOCOUTQ, tcp(7) and unix(7))."""
         count = array("i", [0])
         fcntl.ioctl(self.fd, termios.TIOCOUTQ, count)
@@ -249,11 +250,12 @@ class Channel:
         return Frame(header.kind, payload) if known else None
 
     def _check_incoming(self, rc: int) -> None:
-        if rc in (-errno.EBADMSG, -errno.EPROTO, -errno.EINVAL):
+        if rc in (-errno.EBADMSG, -errno.EPROTO, -errno.EINVAL, -errno.ESTALE):
             what = {
                 errno.EBADMSG: "a frame header or a page table is damaged",
                 errno.EPROTO: "a frame has a wrong magic, number or length",
                 errno.EINVAL: "a page table names pages that cannot be",
+                errno.ESTALE: "pages come as changes to others than are here",
             }[-rc]
             raise StreamError(f"{what} (near frame {self._incoming.sequence} of the stream from {self.peer})")
         self.check(rc)
@@ -294,7 +296,11 @@ def unexpected(frame: Frame, state: str) -> UnexpectedFrame:
 
 def expect(channel: Channel, kind: FrameKind, timeout_ms: float | None = None, *, spin: bool = False) -> Frame:
     """The next frame, which must be of ``kind``; FAILED becomes :class:`PeerFailed`."""
-    frame = channel.recv(timeout_ms, spin=spin)
+    return require(channel, channel.recv(timeout_ms, spin=spin), kind)
+
+
+def require(channel: Channel, frame: Frame, kind: FrameKind) -> Frame:
+    """``frame`` if it is of ``kind``; FAILED becomes :class:`PeerFailed`."""
     if frame.kind == FrameKind.FAILED:
         raise Failed.from_payload(frame.payload).to_error(channel.peer)
     if frame.kind != kind:

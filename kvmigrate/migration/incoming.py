@@ -17,8 +17,9 @@ from .blackout import Stopwatch, quiet_interpreter
 from .channel import Channel, Frame, unexpected
 from .checks import CHECK
 from .custody import Custody
+from .delta import DELTA, Offer
 from .handover import rehearse
-from .pages import Decompressor
+from .pages import PAGES_DELTA, PAGES_ZSTD, Decompressor
 from .trying import answer_check, read_description
 
 
@@ -55,6 +56,7 @@ class Incoming:
         self._description: Mapping[str, Value] = {}
         self._take_custody = take_custody
         self._decompressor = Decompressor()
+        self._taken = Offer(())
         self._quiet = ExitStack()
         self._prefault: Prefault | None = None
         self._sections: list[Section] = []
@@ -134,10 +136,20 @@ class Incoming:
         return self.state
 
     def _pages(self, frame: Frame) -> State:
-        # Only compressed ones come this far, with their table checked: C has written the others already.
-        if "zstd" not in self._hello.features:
+        # Only those with flags come this far, with their table checked: C has written the others already.
+        flags = self._channel.incoming.frame_flags
+        if flags & PAGES_ZSTD and "zstd" not in self._hello.features:
             raise BadField("PAGES: compressed, but HELLO did not announce zstd")
+        if flags & PAGES_DELTA and DELTA not in self._taken.features:
+            raise BadField("PAGES: as changes, which nobody has agreed on")
         self._decompressor.apply(self._built().memory, self._channel)
+        return self.state
+
+    def _offer(self, frame: Frame) -> State:
+        if self._taken.features:
+            raise unexpected(frame, "it was answered before")
+        self._taken = Offer.from_payload(frame.payload).known()
+        self._channel.send_payloads([(FrameKind.OFFER, self._taken.to_payload())], mandatory=False)
         return self.state
 
     def _round(self, frame: Frame) -> State:
@@ -205,6 +217,7 @@ STEPS: Mapping[tuple[State, int], Callable[[Incoming, Frame], State]] = {
     (State.GREETED, FrameKind.CONFIG): Incoming._config,
     (State.BUILT, FrameKind.CHECK): Incoming._check,
     (State.RECEIVING, FrameKind.RESIDENT): Incoming._resident,
+    (State.RECEIVING, FrameKind.OFFER): Incoming._offer,
     (State.RECEIVING, FrameKind.PAGES): Incoming._pages,
     (State.RECEIVING, FrameKind.ROUND): Incoming._round,
     (State.SECTIONS, FrameKind.SECTION): Incoming._section,

@@ -149,7 +149,7 @@ class Source:
         timeout_ms = self._parameters.timeout_ms
         channel = Channel(connect(self._address, self._abort, timeout_ms), self._abort, timeout_ms, str(self._address))
         self._channel = channel
-        features = (CHECK,) if self._parameters.compression.level is None else (CHECK, "zstd")
+        features = (CHECK, "zstd") if self._parameters.compression.may_pack else (CHECK,)
         introduce(channel, wire.Hello(wire.FORMAT, features, self._query.uuid, self._query.epoch, self._name))
         channel.send(FrameKind.CONFIG, self._config)
         self._machine.rehearse()
@@ -163,7 +163,7 @@ class Source:
     def _copy(self, channel: Channel) -> tuple[PreCopy, StreamSink]:
         """Rounds while the guest runs, until the decision to switch."""
         parameters = self._parameters
-        sink = StreamSink(channel, parameters.compression)
+        sink = StreamSink(channel, parameters.compression, parameters.delta_cache_bytes)
         limits = Limits(parameters.downtime_limit_ms, parameters.max_rounds, parameters.bandwidth_bytes_s)
         precopy = PreCopy(
             self._machine.memory,

@@ -11,6 +11,7 @@ integers are at most 64 bits wide, times are microseconds on the clock of the si
       | CHECK{sections,…}, SECTION … ----------------> |   tries them on a machine that it throws away
       | <------------------------------ CHECKED{items} |   or the source gives up: a refused item
       | RESIDENT{runs} ------------------------------> |   a hint, optional: touches that memory ahead
+      | OFFER{features} -----------------------------> |   optional (migration/delta.py), answered by OFFER
       | PAGES … ROUND{round,…}  (for every round) ---> |   the guest runs here -----
       | <----------------------------- ROUND, the same |   all of the round has been received
       | pause, save                                    |
@@ -31,6 +32,7 @@ The receiver's table. A pair that is not in it is an :class:`UnexpectedFrame` th
     GREETED     CONFIG    BUILT          RECEIVING when HELLO has no feature ``check``
     BUILT       CHECK     RECEIVING      with the SECTION frames that it announces
     RECEIVING   RESIDENT  RECEIVING
+    RECEIVING   OFFER     RECEIVING      once
     RECEIVING   PAGES     RECEIVING
     RECEIVING   ROUND     RECEIVING      LOADING when it announces sections
     LOADING     SECTION   LOADING

@@ -30,6 +30,12 @@ class RoundRecord:
     """The part that was spent on the pages themselves: zero test, hashing, compression. 0 where a bandwidth cap's
     sleeps cannot be told from it."""
     last: bool = False
+    pages_delta: int = 0
+    """Of ``pages_sent``, those that went as what had changed in them."""
+    codec: str = ""
+    """How most of its pages went: ``none``, ``zstd:LEVEL``, …; empty where there is no choice."""
+    codec_why: str = ""
+    """Why so, and which pages went another way."""
 
     @property
     def rate_bytes_s(self) -> float:
@@ -44,11 +50,14 @@ class RoundRecord:
             "pages-zero": self.pages_zero,
             "pages-cleared": self.pages_cleared,
             "pages-sent": self.pages_sent,
+            "pages-delta": self.pages_delta,
             "bytes": self.bytes_sent,
             "time": round(self.time_ms, 3),
             "busy-time": round(self.busy_ms, 3),
             "rate": round(self.rate_bytes_s),
             "last": self.last,
+            "compression": self.codec,
+            "compression-why": self.codec_why,
         }
 
 

@@ -55,6 +55,7 @@ class Round:
         self.number = number
         self.last = last
         self.work_ns = 0
+        self._ways: dict[str, tuple[str, int]] = {}
         self.bandwidth_bytes_s = bandwidth_bytes_s
         self.handle: Any = ffi.new("struct kmig_round *")
         self.handle.abort_fd = abort_fd
@@ -62,22 +63,42 @@ class Round:
         self.handle.bandwidth = bandwidth_bytes_s
         self.handle.first = 1 if number == 0 else 0
 
+    def went_as(self, codec: str, why: str, nr_pages: int) -> None:
+        """A part of it, of ``nr_pages``, went as ``codec`` says, for the reason ``why``."""
+        before = self._ways[codec][1] if codec in self._ways else 0
+        self._ways[codec] = (why, before + nr_pages)
+
+    def _way(self) -> tuple[str, str]:
+        """The codec of most of its pages and the reason, and what went another way."""
+        if not self._ways:
+            return "", ""
+        codec, (why, _) = max(self._ways.items(), key=lambda way: way[1][1])
+        others = [f"{n:,} pages {name} ({reason})" for name, (reason, n) in self._ways.items() if name != codec and n]
+        if self.handle.pages_delta:
+            codec += "+delta"
+            others.append(f"{self.handle.pages_delta:,} pages as changes")
+        return codec, "; ".join([why, *others])
+
     def record(self, pages_dirty: int, time_ns: int) -> RoundRecord:
         """The counters as they stand, put down."""
         h = self.handle
         # Under a cap the pacer's sleeps lie between time and busy time; what remains is work only without one.
         work_ns = self.work_ns or (0 if self.bandwidth_bytes_s else max(time_ns - h.busy_ns, 0))
+        codec, codec_why = self._way()
         return RoundRecord(
             round=self.number,
             pages_dirty=pages_dirty,
             pages_zero=h.pages_zero,
             pages_cleared=h.pages_cleared,
             pages_sent=h.pages_sent,
+            pages_delta=h.pages_delta,
             bytes_sent=h.bytes_sent,
             time_ms=time_ns / 1e6,
             busy_ms=h.busy_ns / 1e6,
             work_ms=work_ns / 1e6,
             last=self.last,
+            codec=codec,
+            codec_why=codec_why,
         )
 
 
@@ -114,7 +135,7 @@ class PreCopy:
     ) -> None:
         self._memory = memory
         self._dirty_log = dirty_log
-        self._sink = sink
+        self._sink: PageSink | None = sink
         self._limits = limits
         self._abort_fd = abort_fd
         self._timeout_ms = timeout_ms
@@ -135,7 +156,7 @@ class PreCopy:
         pages_left = 0
         while True:
             record = self._write(len(self.records), pages_left)
-            self._sink.end_round(record)
+            self._open_sink().end_round(record)
             pages_left = self._dirty_log.sync()
             decision = self._decide(pages_left)
             if self._observe is not None:
@@ -155,8 +176,13 @@ class PreCopy:
         self.progress.begin(self._memory.resident_pages())
         return self._write(0, 0, last=True)
 
+    def _open_sink(self) -> PageSink:
+        assert self._sink is not None, "no round after stop"
+        return self._sink
+
     def stop(self) -> None:
-        """Logging off, and what is pending forgotten. Idempotent."""
+        """Logging off, and what is pending forgotten; the sink, which may hold much, is let go. Idempotent."""
+        self._sink = None
         if self._dirty_log.active:
             self._dirty_log.stop()
 
@@ -177,7 +203,7 @@ class PreCopy:
         )
         self.progress.enter(round_.handle, number)
         begin = time.monotonic_ns()
-        self._sink.write_round(self._memory, round_)
+        self._open_sink().write_round(self._memory, round_)
         # What round 0 looked at is known only after it: it finds the resident pages window by window.
         record = round_.record(pages_dirty or round_.handle.pages_done, time.monotonic_ns() - begin)
         self.records.append(record)

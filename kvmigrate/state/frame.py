@@ -16,11 +16,13 @@ when it is not.
 
 Payloads are msgpack maps, but for PAGES::
 
-    u32 nr_runs, u32 flags (bit 0: the data is one zstd frame), u64 data_bytes (bytes after the page table)
-    nr_runs × { u64 gfn, u32 nr_pages, u32 kind (0 data, 1 zero) }        the page table
-    the pages of every data run, in order, 4096 bytes each, or one zstd frame that holds them
+    u32 nr_runs, u32 flags (bit 0: the data is one zstd frame, bit 1: there are delta runs), u64 data_bytes
+    nr_runs × { u64 gfn, u32 nr_pages, u32 kind (0 data, 1 zero, 2 delta) }        the page table
+    with bit 1: u64, the sum of the digest terms of the pages that delta runs build upon
+    the pages of every data and delta run, in order, 4096 bytes each, or one zstd frame that holds them
 
-The checksum of a PAGES frame covers the 16 fixed bytes and the page table. The data is covered page by page: both
+A page of a delta run is the XOR of its new content and the one it was last sent with. The checksum of a PAGES frame
+covers all before the data. The data is covered page by page: both
 sides keep an XXH3-64 of each page as last sent and as last received, and the sums of both are compared before
 ownership changes hands (see ``migration/wire.py``).
 """
@@ -62,6 +64,7 @@ class FrameKind(IntEnum):
     RESIDENT = 15
     CHECK = 16
     CHECKED = 17
+    OFFER = 18
     MEMORY_INDEX = 32
 
 

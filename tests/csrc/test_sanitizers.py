@@ -1,4 +1,4 @@
-"""The C core under AddressSanitizer and UndefinedBehaviorSanitizer, driven by the tests of memory and of virtio."""
+"""The C core under AddressSanitizer and UndefinedBehaviorSanitizer, driven by the tests of memory and devices."""
 
 from __future__ import annotations
 
@@ -46,10 +46,8 @@ def test_the_memory_tests_find_no_fault_under_the_sanitizers(sanitized: Path, en
 
 
 @pytest.mark.timeout(200)
-def test_virtio_devices_and_hostile_drivers_find_no_fault_under_the_sanitizers(
-    sanitized: Path, env: dict[str, str]
-) -> None:
-    result = run_pytest(sanitized, ["tests/devices/virtio"], env, timeout_s=180)
+def test_devices_and_hostile_drivers_find_no_fault_under_the_sanitizers(sanitized: Path, env: dict[str, str]) -> None:
+    result = run_pytest(sanitized, ["tests/devices/virtio", "tests/devices/test_serial.py"], env, timeout_s=180)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
     assert " passed" in result.stdout
 

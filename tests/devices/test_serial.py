@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
+from kvmigrate._core import lib
 from kvmigrate.devices import serial
 from kvmigrate.devices.backends import Backend
 from kvmigrate.devices.bus import PioBus
@@ -263,6 +264,35 @@ def test_a_wide_access_is_split_into_bytes(line: Line) -> None:
     bus.write(serial.PORT + LCR, 4, 0x00100003)
     assert bus.read(serial.PORT + LCR, 2) == 0x0003
     assert bus.read(serial.PORT + SCR, 2) >> 8 == 0xFF, "the port behind the last one is absent"
+
+
+def test_clearing_the_fifo_keeps_what_the_guest_was_told_has_left(line: Line) -> None:
+    # Straight to the registers, as the core does: nobody has sent it yet, but THRE and TEMT are one.
+    for value in b"said":
+        lib.kmig_uart_write(line.uart.handle, DATA, value)
+    assert lib.kmig_uart_read(line.uart.handle, LSR) == 0x60
+    write(line, FCR, 0x07)
+    assert line.received(4) == b"said"
+
+
+def test_clearing_the_fifo_drops_what_waits_for_a_slow_reader(line: Line) -> None:
+    written = line.stuff()
+    write(line, DATA, *b"dropped")
+    write(line, FCR, 0x04)
+    assert line.received(len(written)) == written
+    wait_until(lambda: read(line, LSR) & 0x60 == 0x60, "the line is free again")
+    assert line.nothing_more()
+
+
+def test_the_state_of_a_running_uart_can_be_loaded(new_line: Callable[[], Line]) -> None:
+    source, destination = new_line(), new_line()
+    # Nobody has sent it yet, and the guest may write more.
+    for value in b"said":
+        lib.kmig_uart_write(source.uart.handle, DATA, value)
+    destination.uart.pause()
+    destination.uart.load(source.uart.save())
+    destination.uart.resume()
+    assert destination.received(4) == b"said"
 
 
 def test_reset_goes_back_to_power_on(line: Line) -> None:

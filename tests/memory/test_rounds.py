@@ -233,7 +233,7 @@ def test_both_sides_are_equal_after_any_writes_in_any_rounds(rounds: list[list[t
         [(5, 1, DATA), (4, 1, DATA)],
         [(5, 1, ZERO), (5, 1, DATA)],
         [(0, 0, DATA)],
-        [(0, 1, 2)],
+        [(0, 1, 3)],
         [(NR_PAGES, 1, DATA)],
         [(NR_PAGES - 1, 2, DATA)],
         [(NR_PAGES - 1, 2, ZERO)],

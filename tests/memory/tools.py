@@ -26,7 +26,7 @@ from kvmigrate.state.frame import (
 )
 
 MASK = 2**64 - 1
-DATA, ZERO = lib.KMIG_RUN_DATA, lib.KMIG_RUN_ZERO
+DATA, ZERO, DELTA = lib.KMIG_RUN_DATA, lib.KMIG_RUN_ZERO, lib.KMIG_RUN_DELTA
 Run = tuple[int, int, int]
 """gfn, nr_pages, kind."""
 
@@ -89,9 +89,12 @@ def copied_gfns(memory: GuestMemory, *, first: bool) -> list[int]:
     return [gfn for runs, _ in take_round(memory, first=first) for gfn in pages_of(runs)]
 
 
-def encode_pages(runs: Sequence[Run], data: bytes, sequence: int = 0, *, flags: int = 0) -> bytes:
+def encode_pages(
+    runs: Sequence[Run], data: bytes, sequence: int = 0, *, flags: int = 0, bases: int | None = None
+) -> bytes:
     """A PAGES frame as the docstring of state/frame.py specifies it."""
     table = struct.pack("<IIQ", len(runs), flags, len(data)) + b"".join(struct.pack("<QII", *run) for run in runs)
+    table += b"" if bases is None else struct.pack("<Q", bases)
     checksum = xxhash.xxh3_64_intdigest(table)
     header = FrameHeader(FrameKind.PAGES, FLAG_MANDATORY, len(table) + len(data), checksum, sequence)
     return encode_header(header) + table + data

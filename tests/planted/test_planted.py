@@ -26,6 +26,8 @@ HOP, HOP_TWO, HOP_BUSY = examine_hop, partial(examine_hop, cpus=2), partial(exam
 # The core clears the log in windows of 8192 pages. A quarter of this guest's pages are the 64 before the second one.
 # What is lost is soon written again, so it takes a few hops until one page is lost for good.
 HOP_BORDER = partial(examine_hop, hops=6, rate=30, pages=256, memory=str((8192 + 64) << 12))
+# Rounds enough for pages to come a third time, as what changed in them.
+HOP_DELTA = partial(examine_hop, rate=0, compression="zstd")
 NO_COMMIT, NO_RUNNING = (partial(examine_stall, kind=kind) for kind in (FrameKind.COMMIT, FrameKind.RUNNING))
 
 
@@ -46,6 +48,10 @@ PLANTED = (
     Fault("forget-host-bitmap", "pages that the VMM wrote are not sent again", in_c=True),
     Fault("copy-before-clear", "pages are copied before their dirty bits are cleared", HOP_BUSY, in_c=True),
     Fault("off-by-64-clear", "dirty bits are cleared from 64 pages too early", HOP_BORDER, in_c=True),
+    Fault(
+        "wrong-delta", "what changed in a page is taken from another page than was sent before", HOP_DELTA, in_c=True
+    ),
+    Fault("stale-delta-base", "a page that is sent again and again is kept as it was first sent", HOP_DELTA, in_c=True),
     Fault("skip-last-round", "what was written since the last round is not sent"),
     Fault("skip-registers", "general registers are not loaded"),
     Fault("stale-registers", "a register is one update behind"),
@@ -105,8 +111,8 @@ def test_planted_fault_is_caught(world: World, fault: Fault) -> None:
 
 @pytest.mark.parametrize(
     "examine",
-    [HOP, HOP_TWO, HOP_BUSY, HOP_BORDER, examine_snapshot, NO_COMMIT, NO_RUNNING],
-    ids=["hop", "two vcpus", "busy", "border", "snapshot", "no COMMIT", "no RUNNING"],
+    [HOP, HOP_TWO, HOP_BUSY, HOP_BORDER, examine_snapshot, HOP_DELTA, NO_COMMIT, NO_RUNNING],
+    ids=["hop", "two vcpus", "busy", "border", "snapshot", "delta", "no COMMIT", "no RUNNING"],
 )
 def test_the_same_run_without_a_fault_passes(world: World, examine: Callable[[World], Findings]) -> None:
     assert not examine(world).objections

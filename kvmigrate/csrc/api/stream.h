@@ -3,6 +3,11 @@
 // All of a round as PAGES frames, numbered from *sequence on. The socket may be blocking or not.
 int kmig_stream_send_round(struct kmig_memory *memory, struct kmig_round *round, int fd, uint32_t *sequence);
 
+// The next part of a round that has begun: ends after the frame with which most_pages were looked at or most_ns have
+// passed. Returns 1 when there may be more, 0 when the round is over.
+int kmig_stream_send_some(struct kmig_memory *memory, struct kmig_round *round, int fd, uint32_t *sequence,
+                          uint64_t most_pages, uint64_t most_ns);
+
 // Send exactly size_bytes; returns 0, -ETIMEDOUT, -ECANCELED, -EPIPE …. abort_fd and timeout as in struct kmig_round.
 int kmig_stream_send(int fd, const void *data, uint64_t size_bytes, int abort_fd, int64_t timeout_ms);
 
@@ -16,19 +21,20 @@ struct kmig_incoming {
     uint32_t sequence;         // of the next frame
     uint32_t kind;             // of the frame whose header came last
     uint32_t flags;
-    uint32_t frame_flags;      // of a PAGES frame: bit 0 is zstd
+    uint32_t frame_flags;      // of a PAGES frame: bit 0 is zstd, bit 1 that there are delta runs
     uint64_t length;
     uint64_t checksum;
     uint64_t bytes_received;
     uint64_t pages_received;
     uint64_t pages_cleared;
-    uint32_t nr_runs;          // of a compressed PAGES frame: its table and where it is
+    uint32_t nr_runs;          // of a PAGES frame with flags: its table
     uint32_t nr_data_pages;
     struct kmig_page_run run[KMIG_CHUNK_PAGES];
 };
 
-// Receive frames: every uncompressed PAGES frame goes straight into memory (bounds and table checksum checked first).
-// Returns 1 with the header of the first frame that is anything else, its payload still unread; for a compressed PAGES
-// frame the table is read and checked, and the zstd frame (length in in->length) is still unread.
+// Receive frames: every PAGES frame without flags goes straight into memory (bounds and table checksum checked first).
+// Returns 1 with the header of the first frame that is anything else, its payload still unread; for a PAGES frame with
+// flags the table is read and checked, and its data (length in in->length) is still unread.
+// -ESTALE: a delta run builds upon other pages than are here.
 // -EBADMSG: a header or table is damaged; -EPROTO: a wrong magic, sequence or length; -EINVAL: a table that cannot be.
 int kmig_stream_recv_pages(struct kmig_memory *memory, struct kmig_incoming *in, int fd);

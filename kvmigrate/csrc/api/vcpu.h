@@ -29,6 +29,14 @@ struct kvm_run *kmig_vcpu_run_area(struct kmig_vcpu *vcpu);
 // next KVM_RUN, and until then its result is in no state that can be read (KVM api.rst, note on KVM_EXIT_IO).
 int kmig_vcpu_run(struct kmig_vcpu *vcpu);
 
+// Answer in C, from now on, the interrupt registers of the virtio-mmio device at gpa, and what kmig_uart_read and _write do
+// for the UART at `port` as long as nobody else must hear of it: kmig_vcpu_run does not come back for them. Before any vCPU
+// has a thread (-EBUSY); what is named must outlive the threads. -EEXIST, -ENOSPC.
+struct kmig_virtio;
+struct kmig_uart;
+int kmig_vcpus_answer_virtio(struct kmig_vcpus *vcpus, uint64_t gpa, struct kmig_virtio *device);
+int kmig_vcpus_answer_uart(struct kmig_vcpus *vcpus, uint16_t port, struct kmig_uart *uart);
+
 // The vCPU's thread will not come back: a pause no longer waits for it. What its last exit left half-done stays so.
 void kmig_vcpu_leave(struct kmig_vcpu *vcpu);
 

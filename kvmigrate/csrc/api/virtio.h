@@ -34,6 +34,7 @@ struct kmig_virtio {
     uint32_t nr_queues;
     uint32_t isr;              // KMIG_VIRTIO_ISR_…, changed atomically; kmig_virtio_ack takes bits away
     uint32_t broken;           // the driver broke the rules: nothing is served until kmig_virtio_reset
+    int failed;                // the errno that ended the device's thread: broken for good
     int irq_fd;                // an eventfd, written to for each interrupt; the device's own
     int kick_fd[KMIG_VIRTIO_MAX_QUEUES];   // eventfds that a write to QueueNotify signals; the device's own
     struct kmig_virtq queue[KMIG_VIRTIO_MAX_QUEUES];

@@ -6,6 +6,8 @@ the queues in guest memory. Until then the thread is parked, so the registers ma
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 from abc import abstractmethod
 from collections.abc import Callable
@@ -43,7 +45,7 @@ class VirtioDevice(Device):
         self.handle: Any = created[0]
         self._status = self._driver_features = self._generation = 0
         self._device_features_sel = self._driver_features_sel = self._queue_sel = 0
-        self._thread = threading.Thread(target=self.serve, name=name, daemon=True)
+        self._thread = threading.Thread(target=self._serve_on, name=name, daemon=True)
         self._thread.start()
 
     # What a subclass is
@@ -60,6 +62,16 @@ class VirtioDevice(Device):
     @abstractmethod
     def serve(self) -> None:
         """The body of the device's thread: one call into C, which returns once the device is closed."""
+
+    def _serve_on(self) -> None:
+        self.serve()
+        if self.handle.failed:
+            why = os.strerror(self.handle.failed)
+            print(
+                f"kvmigrate: {self.name}: {why}: the device has stopped, broken for the guest; restart that",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def own_state(self) -> dict[str, Value]:
         """What a section has beside the transport's fields: what must be the same where the guest goes on."""

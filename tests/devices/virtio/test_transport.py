@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import struct
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,7 @@ from kvmigrate.devices.virtio.rng import VirtioRng
 from kvmigrate.errors import BadField
 from kvmigrate.memory.region import GuestMemory
 
+from ..conftest import wait_until
 from .conftest import DISK_BYTES, READ_GPA, STATUS_GPA, Disk
 from .driver import AVAIL_GPA, DATA_GPA, USED_GPA, WRITE, Driver, block_header
 
@@ -219,3 +221,26 @@ def test_the_entropy_device_fills_the_buffer_and_marks_its_pages() -> None:
     driver.log.stop()
     device.close()
     memory.close()
+
+
+def test_a_device_whose_thread_dies_is_broken_for_good_and_says_so(
+    new_disk: Callable[..., Disk], capfd: pytest.CaptureFixture[str]
+) -> None:
+    disk = new_disk()
+    disk.driver.start()
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # poll(2) of more descriptors than a process may have is EINVAL.
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1, limits[1]))
+    try:
+        disk.driver.set(reg.QUEUE_NOTIFY, 0)
+        wait_until(lambda: bool(disk.driver.get(reg.STATUS) & reg.NEEDS_RESET), "the device is broken")
+        disk.device._thread.join(10)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert not disk.device._thread.is_alive()
+    assert disk.driver.get(reg.INTERRUPT_STATUS) & 2, "the driver is told by a configuration interrupt"
+    assert "root: Invalid argument: the device has stopped" in capfd.readouterr().err
+    disk.driver.set(reg.STATUS, 0)
+    assert disk.driver.get(reg.STATUS) == reg.NEEDS_RESET, "a reset does not mend it"
+    disk.device.pause()
+    assert disk.device.save()["broken"] is True
