@@ -7,9 +7,11 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 from tests.emulated import bed
 from tests.emulated.cpio import Archive
@@ -18,10 +20,11 @@ from tests.emulated.image import ROOT, TESTS
 from .goals import Goal, Group
 from .hosted import QEMU, READ_MIB, SEND_MIB, SYSTEMS, WORK
 from .qemu import qemu_binary
+from .report import markdown, number
 from .samples import Sample, Series
 
 RUNS = int(os.environ.get("KVMIGRATE_BENCH_LINUX_RUNS", "3"))
-SECONDS = int(os.environ.get("S","900"))
+SECONDS = int(os.environ.get("S", "900"))
 FIRMWARE = ("bios-microvm.bin", "qboot.rom", "linuxboot_dma.bin", "kvmvapic.bin")
 FIRMWARE_PLACES = (Path("/usr/share/qemu"), Path("/usr/share/seabios"))
 FIGURES = ["boot ms", "boot, the guest alone ms", "cpu ms", "disk ms", "tcp ms", "blackout ms"]
@@ -51,14 +54,46 @@ def linux(files: Path) -> Iterator[Group]:
     if outcome.status != 0 or not outcome.sent:
         raise OSError(f"the emulated host ended with {outcome.status}: {outcome.console[-2000:]}")
     measured = json.loads(outcome.sent)
-    rows = [_series(name, measured[name]) for name in SYSTEMS]
-    yield Group("Debian in an emulated host", rows, FIGURES, GOALS, NOTE)
+    whole = [_series(name, measured[name]) for name in SYSTEMS]
+    rows = [_only(row, FIGURES) for row in whole]
+    group = Group("Debian in an emulated host", rows, FIGURES, GOALS, NOTE, texts={"linux.md": page(whole)})
+    yield group
 
 
-def _series(name: str, value: dict[str, list[dict[str, float]]]) -> Series:
+def page(rows: Sequence[Series]) -> str:
+    """Every figure of every system: median, least and most, and kvmigrate's part of the best of the others."""
+    names = dict.fromkeys(name for row in rows for sample in row.samples for name in sample.figures)
+    tables = [names_of for names_of in (FIGURES, [name for name in names if name not in FIGURES]) if names_of]
+    headings = ["", *(row.name for row in rows), "ratio"]
+    texts = ["# Debian under kvmigrate and under QEMU", NOTE, "Median (least to most) of each figure."]
+    texts += [markdown(headings, [_line(name, rows) for name in names_of]) for names_of in tables]
+    texts += ["Where the exits and the processor time of the second table come from is what KVM and `/proc` count."]
+    failures = [f"- {row.name}: {failure}" for row in rows for failure in dict.fromkeys(row.failures)]
+    texts += ["Failed runs:\n\n" + "\n".join(failures)] if failures else []
+    return "\n\n".join(texts) + "\n"
+
+
+def _line(name: str, rows: Sequence[Series]) -> list[str]:
+    ours = [median(row.values(name)) for row in rows if row.ours and row.values(name)]
+    others = [median(row.values(name)) for row in rows if not row.ours and row.values(name)]
+    ratio = number(ours[0] / min(others)) if ours and others and min(others) else ""
+    return [name, *(_spread(row.values(name)) for row in rows), ratio]
+
+
+def _spread(values: Sequence[float]) -> str:
+    return f"{number(median(values))} ({number(min(values))} to {number(max(values))})" if values else ""
+
+
+def _only(row: Series, figures: Sequence[str]) -> Series:
+    samples = [
+        Sample({name: sample.figures[name] for name in figures if name in sample.figures}) for sample in row.samples
+    ]
+    return Series(row.name, row.run, row.ours, row.most_runs, samples, row.failures)
+
+
+def _series(name: str, value: Mapping[str, Any]) -> Series:
     samples = [Sample(figures) for figures in value["samples"]]
-    failures = [str(text) for text in value["failures"]]
-    return Series(name, lambda: Sample({}), name == "kvmigrate", 0, samples, failures)
+    return Series(name, lambda: Sample({}), name == "kvmigrate", 0, samples, list(value["failures"]))
 
 
 def _archive(directory: Path) -> Path:
