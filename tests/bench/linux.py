@@ -38,8 +38,8 @@ GOALS = [
     Goal("blackout of an idle Debian", "blackout ms", 1),
 ]
 NOTE = f"""One emulated host with two processors, the same kernel, initrd, memory (128 MiB), disk and bridge for all. \
-QEMU is `-M microvm,acpi=on,rtc=on -accel kvm -cpu host` with modern virtio-mmio devices, once with each firmware; \
-without an RTC, as microvm is by default, Linux looks for one for most of the boot. Each guest boots (from the start \
+QEMU is `-M microvm,acpi=on,rtc=on,pit=off,x-option-roms=off -bios qboot.rom -accel kvm -cpu host` with modern \
+virtio-mmio devices; without an RTC, as microvm is by default, Linux looks for one for most of the boot. Each guest boots (from the start \
 of the process to the first line of its init; all are started paused, so that the start is told apart), computes, \
 reads {READ_MIB} MiB of its disk past its cache, sends {SEND_MIB} MiB by TCP to the host through a tap, and moves to \
 a second process in the same host while it sends a heartbeat every 10 ms. Times in an emulated host say nothing but \
