@@ -220,6 +220,7 @@ def measure(system: str, recorder: Recorder, files: Path, failures: list[str]) -
         finally:
             for machine in machines:
                 machine.close()
+    print(f"  {json.dumps(figures)}", flush=True)
     return Sample(figures)
 
 
