@@ -39,12 +39,14 @@ def read_image(path: Path, what: str, max_bytes: int) -> Image:
             found = os.fstat(file.fileno())
             if not stat.S_ISREG(found.st_mode):
                 raise ConfigError(f"{path}: the {what} is not a regular file")
-            data = file.read(max_bytes + 1) if found.st_size <= max_bytes else None
+            # A read makes room for all that it is asked for, and the most that is taken may be all the memory there is.
+            data = file.read(found.st_size + 1) if found.st_size <= max_bytes else b""
     except OSError as error:
         raise ConfigError(f"{path}: the {what} cannot be read: {error.strerror}") from error
-    # The size that was told is not trusted: the file may grow while it is read.
-    if data is None or len(data) > max_bytes:
+    if found.st_size > max_bytes:
         raise ConfigError(f"{path}: the {what} is larger than {max_bytes} bytes")
+    if len(data) > found.st_size:
+        raise ConfigError(f"{path}: the {what} grows while it is read: try again when it is complete")
     if not data:
         raise ConfigError(f"{path}: the {what} is empty")
     return Image(path, data)

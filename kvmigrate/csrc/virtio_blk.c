@@ -40,16 +40,24 @@ static uint32_t advance(struct iovec *iov, uint32_t nr, size_t size_bytes)
     return i;
 }
 
+// The guest learns only that its request failed; why is for whoever looks after the host.
+static uint8_t host_failed(struct kmig_virtio_blk *disk, int error)
+{
+    disk->host_error = error;
+    return VIRTIO_BLK_S_IOERR;
+}
+
 // All of nr iovecs to or from the file at offset.
-static uint8_t transfer(int fd, struct iovec *iov, uint32_t nr, uint64_t offset, bool write)
+static uint8_t transfer(struct kmig_virtio_blk *disk, struct iovec *iov, uint32_t nr, uint64_t offset, bool write)
 {
     while (nr) {
-        ssize_t got = write ? pwritev(fd, iov, (int)nr, (off_t)offset) : preadv(fd, iov, (int)nr, (off_t)offset);
+        ssize_t got = write ? pwritev(disk->fd, iov, (int)nr, (off_t)offset)
+                            : preadv(disk->fd, iov, (int)nr, (off_t)offset);
         if (got < 0 && errno == EINTR)
             continue;
         // 0: the file ends before the capacity that the guest was told.
         if (got <= 0)
-            return VIRTIO_BLK_S_IOERR;
+            return host_failed(disk, got < 0 ? errno : ENODATA);
         uint32_t used_up = advance(iov, nr, (size_t)got);
         iov += used_up;
         nr -= used_up;
@@ -65,7 +73,7 @@ static bool has_shrunk(int fd, uint64_t end)
     return size < 0 || (uint64_t)size < end;
 }
 
-static uint8_t read_write(const struct kmig_virtio_blk *disk, const struct request *request)
+static uint8_t read_write(struct kmig_virtio_blk *disk, const struct request *request)
 {
     const struct kmig_chain *chain = request->chain;
     bool write = request->type == VIRTIO_BLK_T_OUT;
@@ -76,10 +84,12 @@ static uint8_t read_write(const struct kmig_virtio_blk *disk, const struct reque
     if (size_bytes % SECTOR_BYTES || !in_bounds(disk, request->sector, size_bytes / SECTOR_BYTES))
         return VIRTIO_BLK_S_IOERR;
     uint64_t offset = request->sector * SECTOR_BYTES;
-    if (write && (disk->read_only || has_shrunk(disk->fd, offset + size_bytes)))
+    if (write && disk->read_only)
         return VIRTIO_BLK_S_IOERR;
+    if (write && has_shrunk(disk->fd, offset + size_bytes))
+        return host_failed(disk, ENODATA);
     uint32_t nr = kmig_iov_slice(from, write ? chain->nr_out : chain->nr_in, write ? HEADER_BYTES : 0, size_bytes, iov);
-    return transfer(disk->fd, iov, nr, offset, write);
+    return transfer(disk, iov, nr, offset, write);
 }
 
 static int change_range(int fd, int mode, uint64_t offset, uint64_t size_bytes)
@@ -91,14 +101,14 @@ static int change_range(int fd, int mode, uint64_t offset, uint64_t size_bytes)
     return rc < 0 ? -errno : 0;
 }
 
-static uint8_t write_zeros(int fd, uint64_t offset, uint64_t size_bytes)
+static uint8_t write_zeros(struct kmig_virtio_blk *disk, uint64_t offset, uint64_t size_bytes)
 {
     static const uint8_t zeros[65536];
 
     while (size_bytes) {
         struct iovec iov = {(void *)zeros, size_bytes < sizeof(zeros) ? size_bytes : sizeof(zeros)};
         uint64_t part = iov.iov_len;
-        if (transfer(fd, &iov, 1, offset, true) != VIRTIO_BLK_S_OK)
+        if (transfer(disk, &iov, 1, offset, true) != VIRTIO_BLK_S_OK)
             return VIRTIO_BLK_S_IOERR;
         offset += part;
         size_bytes -= part;
@@ -107,7 +117,7 @@ static uint8_t write_zeros(int fd, uint64_t offset, uint64_t size_bytes)
 }
 
 // One segment of a discard or of a write of zeros (5.2.6). To discard is a hint: what the file system cannot do is done.
-static uint8_t clear_segment(const struct kmig_virtio_blk *disk, bool discard,
+static uint8_t clear_segment(struct kmig_virtio_blk *disk, bool discard,
                              const struct virtio_blk_discard_write_zeroes *segment)
 {
     uint64_t sector = segment->sector, nr = segment->num_sectors;
@@ -121,15 +131,15 @@ static uint8_t clear_segment(const struct kmig_virtio_blk *disk, bool discard,
     if (!nr)
         return VIRTIO_BLK_S_OK;
     if (has_shrunk(disk->fd, offset + size_bytes))
-        return VIRTIO_BLK_S_IOERR;
+        return host_failed(disk, ENODATA);
     int mode = discard || unmap ? FALLOC_FL_PUNCH_HOLE : FALLOC_FL_ZERO_RANGE;
     int rc = change_range(disk->fd, mode, offset, size_bytes);
     if (rc != -EOPNOTSUPP)
-        return rc ? VIRTIO_BLK_S_IOERR : VIRTIO_BLK_S_OK;
-    return discard ? VIRTIO_BLK_S_OK : write_zeros(disk->fd, offset, size_bytes);
+        return rc ? host_failed(disk, -rc) : VIRTIO_BLK_S_OK;
+    return discard ? VIRTIO_BLK_S_OK : write_zeros(disk, offset, size_bytes);
 }
 
-static uint8_t clear(const struct kmig_virtio_blk *disk, const struct request *request)
+static uint8_t clear(struct kmig_virtio_blk *disk, const struct request *request)
 {
     const struct kmig_chain *chain = request->chain;
     struct virtio_blk_discard_write_zeroes segment[MAX_SEGMENTS];
@@ -156,14 +166,14 @@ static uint8_t get_id(const struct kmig_virtio_blk *disk, const struct kmig_chai
     return VIRTIO_BLK_S_OK;
 }
 
-static uint8_t handle(const struct kmig_virtio_blk *disk, const struct request *request)
+static uint8_t handle(struct kmig_virtio_blk *disk, const struct request *request)
 {
     switch (request->type) {
     case VIRTIO_BLK_T_IN:
     case VIRTIO_BLK_T_OUT:
         return read_write(disk, request);
     case VIRTIO_BLK_T_FLUSH:
-        return fdatasync(disk->fd) < 0 ? VIRTIO_BLK_S_IOERR : VIRTIO_BLK_S_OK;
+        return fdatasync(disk->fd) < 0 ? host_failed(disk, errno) : VIRTIO_BLK_S_OK;
     case VIRTIO_BLK_T_GET_ID:
         return get_id(disk, request->chain);
     case VIRTIO_BLK_T_DISCARD:
@@ -198,10 +208,12 @@ static void serve_one(struct kmig_virtio *device, struct kmig_virtio_blk *disk, 
 int kmig_virtio_blk_serve(struct kmig_virtio *device, struct kmig_virtio_blk *disk)
 {
     struct kmig_chain chain;
+    int error = disk->host_error;
     uint32_t queues;
     int rc;
 
-    while ((rc = kmig_virtio_wait(device, NULL, 0, &queues)) > 0)
+    // To leave while the queue holds requests would be to wait for a kick that has been.
+    while (disk->host_error == error && (rc = kmig_virtio_wait(device, NULL, 0, &queues)) > 0)
         while (!kmig_virtio_wanted(device) && kmig_virtq_pop(device, 0, &chain) > 0)
             serve_one(device, disk, &chain);
     return rc;

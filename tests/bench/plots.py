@@ -104,6 +104,8 @@ def growth(groups: Sequence[Group]) -> Chart | None:
 def plots(groups: Sequence[Group]) -> Iterator[tuple[str, Chart]]:
     """Every plot that the groups have data for, with the name of its file."""
     for group in groups:
+        if group.name.startswith("growth-"):
+            continue
         if BLACKOUT in group.figures and any(row.values(BLACKOUT) for row in group.rows):
             yield f"blackout-{group.name}.svg", distribution(group)
         if TOTAL in group.figures and (chart := rounds(group)):

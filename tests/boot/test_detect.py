@@ -10,7 +10,7 @@ import pytest
 
 from kvmigrate.boot import load_boot
 from kvmigrate.boot.detect import detect
-from kvmigrate.boot.image import Image
+from kvmigrate.boot.image import Image, read_image
 from kvmigrate.config import BootConfig
 from kvmigrate.errors import ConfigError
 
@@ -56,6 +56,25 @@ def test_what_is_no_image_is_told_what_was_looked_for(load: Load, tmp_path: Path
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("at", "magic", "what"),
+    [
+        (0x38, b"ARM\x64", "an Image for ARM64"),
+        (0x38, b"RSC\x05", "an Image for RISC-V"),
+        (0x24, (0x016F2818).to_bytes(4, "little"), "a zImage for ARM"),
+        (4, b"zimg", "a compressed image for EFI"),
+    ],
+)
+def test_a_kernel_of_another_architecture_is_named(
+    load: Load, tmp_path: Path, at: int, magic: bytes, what: str
+) -> None:
+    path = tmp_path / "Image"
+    # It ends its first sector as a boot sector does, by chance.
+    path.write_bytes(b"MZ".ljust(at, b"\0") + magic + bytes(510 - at - 4) + b"\x55\xaa" + bytes(4096))
+    with pytest.raises(ConfigError, match=f"^{path}: this is {what}, not a kernel for x86-64"):
+        load(path)
+
+
 @pytest.mark.parametrize("method", ["multiboot", "pvh", "linux"])
 def test_a_method_that_does_not_fit_the_image_is_refused(load: Load, tmp_path: Path, method: str) -> None:
     with pytest.raises(ConfigError, match="sector: "):
@@ -97,6 +116,12 @@ def test_an_initrd_larger_than_memory_is_refused_before_it_is_read_whole(load: L
         file.truncate(1 << 40)
     with pytest.raises(ConfigError, match=f"the initrd is larger than {MIB} bytes"):
         load(multiboot_kernel(tmp_path), MIB, initrd=sparse)
+
+
+def test_reading_an_initrd_takes_the_memory_of_the_initrd_not_of_the_guest(tmp_path: Path) -> None:
+    path = tmp_path / "initrd"
+    path.write_bytes(b"small")
+    assert read_image(path, "initrd", 1 << 45).data == b"small"
 
 
 @pytest.mark.parametrize("cmdline", ["a\0b", "x" * 20000])

@@ -178,6 +178,20 @@ def test_an_initrd_that_does_not_fit_is_refused(load: Load, tmp_path: Path) -> N
         load(bzimage(tmp_path, initrd_addr_max=0x1000000), 256 * MIB, initrd=initrd)
 
 
+def test_every_cut_of_a_file_is_refused_by_name(load: Load, tmp_path: Path) -> None:
+    image = bzimage(tmp_path)
+    whole = image.read_bytes()
+    boundaries = (0x1F1, 0x1FE, 0x206, 0x290, 5 * 512, 5 * 512 + 0x200, len(whole) - 16)
+    sizes = {at + by for at in boundaries for by in (-1, 0, 1)} | {*range(1, len(whole) - 16, 61)}
+    # One with a sector's signature and without all of HdrS is a boot sector, as far as anyone can tell. The last 15
+    # bytes may be missing: the header counts paragraphs.
+    for size in sorted(sizes - {*range(0x200, 0x206), len(whole) - 15}):
+        image.write_bytes(whole[:size])
+        with pytest.raises(ConfigError, match=f"^{image}: ") as caught:
+            load(image)
+        assert "\n" not in str(caught.value), size
+
+
 def test_a_file_cut_in_its_header_is_refused(load: Load, tmp_path: Path) -> None:
     image = bzimage(tmp_path)
     image.write_bytes(image.read_bytes()[:0x250])

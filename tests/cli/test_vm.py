@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -141,14 +142,29 @@ def test_a_killed_process_leaves_its_name_free(host: Host) -> None:
         (["IMAGE", "--console", "carrier-pigeon"], "is not a console backend"),
         (["IMAGE", "--console", "unix:/absent/socket"], "console unix:/absent/socket"),
         (["IMAGE", "--boot", "linux"], "IMAGE"),
+        (["FOREIGN"], "not a kernel for x86-64"),
+        (["IMAGE", "--initrd", "LARGE"], "LARGE: the initrd is larger than"),
+        (["IMAGE", "--disk", "root=absent"], "disk root: absent: No such file"),
+        (["IMAGE", "--disk", "root=FOREIGN"], "disk root: FOREIGN has 100 bytes"),
+        (["IMAGE", "--disk", "root=LARGE", "--disk", "data=LARGE"], "disk data: LARGE is in use by another VM"),
+        (["IMAGE", "--net", "lan=tap:kmig-absent"], "kmig-absent"),
     ],
 )
 def test_what_cannot_start_is_one_line_and_leaves_nothing(host: Host, arguments: list[str], text: str) -> None:
     image = sectors.sector(host.directory, sectors.SLEEP)
-    given = [str(image) if word == "IMAGE" else word for word in arguments]
+    foreign, large = host.directory / "foreign", host.directory / "large"
+    foreign.write_bytes(bytes(0x38) + b"ARMd" + bytes(40))
+    with large.open("wb") as file:
+        file.truncate(64 << 20)
+    paths = {"IMAGE": image, "FOREIGN": foreign, "LARGE": large}
+
+    def spell(text: str) -> str:
+        return functools.reduce(lambda done, word: done.replace(word, str(paths[word])), paths, text)
+
+    given = [spell(word) for word in arguments]
     done = host("run", *given, "--name", "one", "--memory", "8M")
     assert done.status == 2
-    assert text.replace("IMAGE", str(image)) in done.err
+    assert spell(text) in done.err
     assert len(done.err.splitlines()) == 1, done.err
     assert host.left_behind == []
 

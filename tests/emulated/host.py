@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 MEMORY = "3G"
-CPUS = "2"
 APPEND = "console=ttyS0 quiet panic=-1 mitigations=off random.trust_cpu=on rdinit=/init"
 
 
@@ -30,13 +29,13 @@ def qemu() -> str:
     return found
 
 
-def boot(image: Path, archives: list[Path], directory: Path, timeout_s: float, *more: str) -> Outcome:
+def boot(image: Path, archives: list[Path], directory: Path, timeout_s: float, *more: str, cpus: int) -> Outcome:
     """Run the host to its end, or until ``timeout_s``; ``directory`` takes what it sends, ``more`` goes to QEMU."""
     initramfs, sent, console = directory / "initramfs", directory / "sent", directory / "console"
     with initramfs.open("wb") as out:
         for archive in archives:
             out.write(archive.read_bytes())
-    command = [qemu(), "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", CPUS, "-m", MEMORY, "-nodefaults"]
+    command = [qemu(), "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", str(cpus), "-m", MEMORY, "-nodefaults"]
     command += ["-no-user-config", "-display", "none", "-no-reboot", "-serial", "stdio", "-serial", f"file:{sent}"]
     command += ["-kernel", str(image), "-initrd", str(initramfs), "-append", APPEND, *more]
     with console.open("wb") as out:

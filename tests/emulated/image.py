@@ -33,7 +33,9 @@ LEFT_OUT = re.compile(r"\.a$|^config-|^_tkinter|^_test|\.opt-\d\.pyc$")
 # What is installed inside: these with all that they require.
 REQUIREMENTS = ("kvmigrate", "pytest", "pytest-timeout", "hypothesis", "qemu.qmp")
 STRIP_FROM_BYTES = 256 << 10
-TOOLS = ("sh", "mount", "insmod", "ifconfig", "poweroff", "mkdir", "cat", "sleep", "ls")
+TOOLS = (
+    "sh", "mount", "insmod", "ifconfig", "poweroff", "mkdir", "cat", "sleep", "ls", "mktemp", "dd", "grep", "rm", "wc",
+)  # fmt: skip
 INIT = """#!/bin/sh
 export PATH=/bin:/site/bin HOME=/root TMPDIR=/tmp LANG=C.UTF-8
 mount -t proc proc /proc; mount -t sysfs sys /sys; mount -t devtmpfs dev /dev
@@ -85,7 +87,7 @@ def write_job(path: Path, kernel: Kernel, wheel: Path, command: str) -> None:
             for name in contents.namelist():
                 archive.add_bytes(f"{SITE}/{name}", contents.read(name))
         archive.add(ROOT / "pyproject.toml", f"{TESTS}/pyproject.toml")
-        for file in _tree(ROOT / "tests", {"bench", "structure"}):
+        for file in (*_tree(ROOT / "tests", {"bench", "structure"}), *_tree(ROOT / "examples", set())):
             archive.add(file, f"{TESTS}/{file.relative_to(ROOT)}")
         modules = " ".join(name for name, _ in kernel.modules())
         init = INIT.format(modules=modules, command=command, tests=TESTS, site=SITE, result=RESULT)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import lzma
 import re
+import struct
 import subprocess
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,7 +13,9 @@ import zstandard
 
 # Meta packages in order of preference: Debian's, Ubuntu's. Each depends on the image of one version.
 META_PACKAGES = ("linux-image-cloud-amd64", "linux-image-virtual", "linux-image-generic")
-MODULES = ("kvm-amd", "tun", "bridge", "virtio-pci", "virtio-net")
+FULL_META_PACKAGES = ("linux-image-amd64", "linux-image-generic")
+"""Of the kernel for real machines; these have an image that Python can unpack."""
+MODULES = ("kvm-amd", "tun", "bridge", "virtio-pci", "virtio-net", "virtio-blk")
 
 
 class Kernel:
@@ -44,6 +47,19 @@ class Kernel:
             self._add(other.replace("_", "-"), found)
         found[name] = content
 
+    def vmlinux(self) -> bytes:
+        """The ELF file that the bzImage carries (linux Documentation/arch/x86/boot.rst, payload_offset)."""
+        data = self.image.read_bytes()
+        offset, size = struct.unpack_from("<II", data, 0x248)
+        start = (data[0x1F1] + 1) * 512 + offset
+        payload = data[start : start + size]
+        if payload.startswith(b"\xfd7zXZ"):
+            # Behind the stream stands the size that it unpacks to.
+            return lzma.LZMADecompressor().decompress(payload)
+        if payload.startswith(b"\x28\xb5\x2f\xfd"):
+            return zstandard.ZstdDecompressor().decompressobj().decompress(payload)
+        raise RuntimeError(f"{self.image}: a payload of an unknown kind, {payload[:4].hex()}")
+
 
 def _unpacked(path: Path) -> bytes:
     data = path.read_bytes()
@@ -54,11 +70,12 @@ def _unpacked(path: Path) -> bytes:
     return data
 
 
-def fetch(cache: Path) -> Kernel:
-    """The newest kernel that apt offers, from ``cache`` when it is there. Raises RuntimeError."""
+def fetch(cache: Path, meta_packages: Iterable[str] = META_PACKAGES) -> Kernel:
+    """The newest kernel that apt offers for the first of ``meta_packages`` that it knows, from ``cache`` when it is
+    there. Raises RuntimeError."""
     directory = cache / "kernel"
     if not (directory / "complete").exists():
-        packages = _packages()
+        packages = _packages(tuple(meta_packages))
         directory.mkdir(parents=True, exist_ok=True)
         _run(["apt-get", "-o", "APT::Sandbox::User=root", "download", "-qq", *packages], directory)
         for package in sorted(directory.glob("*.deb")):
@@ -68,13 +85,13 @@ def fetch(cache: Path) -> Kernel:
     return Kernel(directory)
 
 
-def _packages() -> list[str]:
+def _packages(meta_packages: tuple[str, ...]) -> list[str]:
     """The package with the image, and the one with its modules where the distribution keeps them apart."""
-    for meta in META_PACKAGES:
+    for meta in meta_packages:
         for package in _depends(meta):
             if package.startswith("linux-image-"):
                 return [package, *(name for name in _depends(package) if name.startswith("linux-modules-"))]
-    raise RuntimeError(f"apt knows none of {', '.join(META_PACKAGES)}: run apt-get update")
+    raise RuntimeError(f"apt knows none of {', '.join(meta_packages)}: run apt-get update")
 
 
 def _depends(package: str) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import zip_longest
@@ -16,16 +17,19 @@ from typing import Any
 
 import pytest
 
-from tests.oracle.heartbeat import judge
+from tests.oracle.heartbeat import judge, judge_restored
 from tests.oracle.recorder import SerialLog
+from tests.oracle.world import is_listening
 
 from .bed import run
 from .host import Outcome
 from .inside.hopping import ADDRESSES
 from .inside.linux import unexplained
 
-HOPS = int(os.environ.get("KVMIGRATE_HOPS", "4"))
-TIMEOUT_S = 400 + 60 * HOPS
+HOPS = int(os.environ.get("KVMIGRATE_HOPS", "10"))
+GUEST_CPUS = (1, 2)
+TIMEOUT_S = 600 + 120 * HOPS
+DISK_BYTES = 2 << 20
 
 pytestmark = pytest.mark.timeout(TIMEOUT_S + 120)
 
@@ -37,28 +41,66 @@ def wire(host: int, port: int) -> list[str]:
     return ["-netdev", f"socket,id=cable,{end}", "-device", card]
 
 
-def start(host: int, port: int, directory: Path) -> Outcome:
+def await_cable(port: int) -> None:
+    """Return once the first host holds its end of the cable: the other end has to find it."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while not is_listening(f"tcp://127.0.0.1:{port}"):
+        assert time.monotonic() < deadline, "the first host was never switched on"
+        time.sleep(0.1)
+
+
+def storage(disk: Path) -> list[str]:
+    """QEMU's options for a disk that both hosts have, as on a storage network."""
+    drive = f"file={disk},format=raw,if=none,id=shared,cache=writethrough,file.locking=off"
+    return ["-drive", drive, "-device", "virtio-blk-pci,drive=shared,share-rw=on"]
+
+
+def start(host: int, cpus: int, port: int, directory: Path) -> Outcome:
+    here = directory / f"host{host}"
+    here.mkdir()
+    if host == 1:
+        await_cable(port)
+    commands = [
+        "ifconfig eth0 up",
+        "busybox brctl addbr br0",
+        "busybox brctl addif br0 eth0",
+        "busybox tunctl -t tap0",
+        "busybox brctl addif br0 tap0",
+        "ifconfig tap0 up",
+        f"ifconfig br0 {ADDRESSES[host]} netmask 255.255.255.0 up",
+        f"python3 -m tests.emulated.inside.hopping {host} {HOPS} {cpus}",
+    ]
+    options = [*wire(host, port), *storage(directory / "disk.img")]
+    # One processor each: more than this machine may have would only wait for each other.
+    return run(" && ".join(commands), here, TIMEOUT_S, *options, cpus=1)
+
+
+def travel(cpus: int, directory: Path) -> list[Outcome]:
+    """What is left of both hosts between which a guest with ``cpus`` processors moved."""
     directory.mkdir()
-    command = f"ifconfig eth0 {ADDRESSES[host]} netmask 255.255.255.0 up && "
-    command += f"python3 -m tests.emulated.inside.hopping {host} {HOPS}"
-    return run(command, directory, TIMEOUT_S, *wire(host, port))
-
-
-@pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[Outcome]:
-    directory = tmp_path_factory.mktemp("hosts")
+    with (directory / "disk.img").open("wb") as disk:
+        disk.truncate(DISK_BYTES)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(lambda host: start(host, port, directory / f"host{host}"), (0, 1)))
+        return list(pool.map(lambda host: start(host, cpus, port, directory), (0, 1)))
 
 
 @pytest.fixture(scope="module")
-def reports(outcomes: list[Outcome]) -> list[Mapping[str, Any]]:
-    for outcome in outcomes:
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Mapping[int, list[Outcome]]:
+    directory = tmp_path_factory.mktemp("hosts")
+    # All journeys at once: hosts wait for each other for much of their time.
+    with ThreadPoolExecutor(len(GUEST_CPUS)) as pool:
+        journeys = pool.map(lambda cpus: travel(cpus, directory / f"cpus{cpus}"), GUEST_CPUS)
+        return dict(zip(GUEST_CPUS, journeys, strict=True))
+
+
+@pytest.fixture(params=GUEST_CPUS, ids=[f"cpus={cpus}" for cpus in GUEST_CPUS])
+def reports(request: pytest.FixtureRequest, outcomes: Mapping[int, list[Outcome]]) -> list[Mapping[str, Any]]:
+    for outcome in outcomes[request.param]:
         assert outcome.status == 0, outcome.console[-8000:]  # None: the host never came to its end
-    return [json.loads(outcome.sent) for outcome in outcomes]
+    return [json.loads(outcome.sent) for outcome in outcomes[request.param]]
 
 
 def in_order(one: list[Any], other: list[Any]) -> list[Any]:
@@ -66,19 +108,30 @@ def in_order(one: list[Any], other: list[Any]) -> list[Any]:
     return [item for pair in zip_longest(one, other) for item in pair if item is not None]
 
 
-def test_every_heartbeat_came_once_from_one_host_or_the_other(reports: list[Mapping[str, Any]]) -> None:
-    logs = in_order(*(report["logs"] for report in reports))
-    assert len(logs) == HOPS + 1
+@pytest.fixture
+def logs(reports: list[Mapping[str, Any]]) -> list[SerialLog]:
+    """What the guest wrote at each of its places; the last is where it was restored."""
+    texts = in_order(*(report["logs"] for report in reports))
+    assert len(texts) == HOPS + 2
     # The hosts' clocks are not one: the order of the hops stands for the time.
-    verdict = judge([SerialLog(f"hop {n}", [(float(n), text.encode())]) for n, text in enumerate(logs)])
-    assert verdict.beats[0] > 5 * HOPS
+    return [SerialLog(f"hop {n}", [(float(n), text.encode())]) for n, text in enumerate(texts)]
+
+
+def test_every_heartbeat_came_once_from_one_host_or_the_other(logs: list[SerialLog]) -> None:
+    assert judge(logs[:-1]).beats[0] > 5 * HOPS
+
+
+def test_a_guest_saved_on_one_host_goes_on_at_the_other(logs: list[SerialLog]) -> None:
+    whole = SerialLog("all hops", [chunk for log in logs[:-1] for chunk in log.chunks])
+    assert judge_restored(whole, logs[-1]).beats[0] > 5
 
 
 def test_every_page_and_register_that_left_one_host_arrived_at_the_other(reports: list[Mapping[str, Any]]) -> None:
     outs = in_order(*([d for d in report["digests"] if d["direction"] == "out"] for report in reports))
     # The first host sends first, so the second one receives first.
     ins = in_order(*([d for d in report["digests"] if d["direction"] == "in"] for report in reversed(reports)))
-    assert len(outs) == HOPS
-    for out, into in zip(outs, ins, strict=True):
+    # The last of each is of the snapshot, where a new generation is written into memory before the guest goes on.
+    assert len(outs) == len(ins) == HOPS + 1
+    for out, into in zip(outs[:HOPS], ins[:HOPS], strict=True):
         assert out["pages"] == into["pages"]
         assert unexplained(out, into) == []

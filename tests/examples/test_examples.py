@@ -19,8 +19,8 @@ SHOWN = {
 pytestmark = pytest.mark.kvm
 
 
-def test_every_example_is_run_here() -> None:
-    assert {path.name for path in EXAMPLES.glob("*.py")} == SHOWN.keys()
+def test_every_example_is_run_here_or_in_an_emulated_host() -> None:
+    assert {path.name for path in EXAMPLES.iterdir() if path.is_file()} == {*SHOWN, "linux_guest.sh"}
 
 
 @pytest.mark.parametrize("name", SHOWN)

@@ -78,13 +78,14 @@ struct kmig_virtio_blk {
     int fd;
     int read_only;
     int can_discard;           // fallocate with FALLOC_FL_PUNCH_HOLE works on fd
-    int reserved;
+    int host_error;            // errno of the last request that failed by the image; ENODATA: that is shorter than it was
     uint64_t nr_sectors;       // of 512 bytes; beyond is IOERR
     char id[20];               // GET_ID (5.2.6): not terminated when it is full
     uint64_t nr_requests;      // counters, for who looks
     uint64_t nr_errors;
 };
 
-// The bodies of a device's thread. They return 0 after kmig_virtio_quit, or -errno.
+// The bodies of a device's thread. They return 0 after kmig_virtio_quit, or -errno. That of a disk returns 1 when host_error
+// has another value than before, for the caller to tell of it and to call again.
 int kmig_virtio_blk_serve(struct kmig_virtio *device, struct kmig_virtio_blk *disk);
 int kmig_virtio_rng_serve(struct kmig_virtio *device);

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import struct
+import sys
+from contextlib import suppress
 
 from ..._core import ffi, lib
 from ...errors import BadField
@@ -44,6 +48,8 @@ class VirtioBlock(VirtioDevice):
                 "id": image.name.encode()[:ID_BYTES],
             },
         )
+        self.told: set[int] = set()
+        """The errors of the image that the host was told of."""
         super().__init__(f"disk-{image.name}", memory)
 
     @property
@@ -69,7 +75,19 @@ class VirtioBlock(VirtioDevice):
         )
 
     def serve(self) -> None:
-        lib.kmig_virtio_blk_serve(self.handle, self._disk)
+        while lib.kmig_virtio_blk_serve(self.handle, self._disk) > 0:
+            self._tell(self._disk.host_error)
+
+    def _tell(self, error: int) -> None:
+        """Say why the guest's requests fail: each reason once, or a guest could fill the host's log."""
+        if error in self.told:
+            return
+        why = "is shorter than when the guest found it" if error == errno.ENODATA else os.strerror(error)
+        what = f"disk {self.image.name}: {self.image.path}: {why}: the guest got an I/O error"
+        # Nobody may be left to read it, which is no reason for the disk to stop.
+        with suppress(OSError, ValueError):
+            print(f"kvmigrate: {what}", file=sys.stderr, flush=True)
+        self.told.add(error)
 
     @property
     def nr_requests(self) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,6 +17,8 @@ from kvmigrate.memory.region import GuestMemory
 from .driver import DATA_GPA, WRITE, Buffer, Driver, block_header
 
 DISK_BYTES = 1 << 20
+SMALL_BYTES = 256 << 10
+"""What the small file system takes of a disk."""
 STATUS_GPA = DATA_GPA + 0x8000
 READ_GPA = DATA_GPA + 0x10000
 
@@ -80,3 +84,41 @@ def disk(new_disk: Callable[..., Disk]) -> Disk:
     made = new_disk()
     made.driver.start()
     return made
+
+
+class SmallMount:
+    """A file system of SMALL_BYTES in a mount namespace of its own, where ``run`` executes a command of the shell."""
+
+    def __init__(self) -> None:
+        command = ["unshare", "--map-root-user", "--mount", "sh"]
+        self._shell = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        mounted = self.run(f"mount -t tmpfs -o size={SMALL_BYTES} small /mnt 2>/dev/null && echo yes || echo no")
+        self.path = Path(f"/proc/{self._shell.pid}/root", "mnt")
+        self.is_there = mounted == "yes"
+
+    def run(self, command: str) -> str:
+        """The one line that ``command`` writes; empty when there is no shell."""
+        assert self._shell.stdin is not None and self._shell.stdout is not None
+        try:
+            self._shell.stdin.write(f"{command}\n")
+            self._shell.stdin.flush()
+        except BrokenPipeError:
+            return ""
+        return self._shell.stdout.readline().strip()
+
+    def close(self) -> None:
+        self._shell.kill()
+        self._shell.communicate()
+
+
+@pytest.fixture
+def small_mount() -> Iterator[SmallMount]:
+    if shutil.which("unshare") is None:
+        pytest.skip("there is no unshare(1)")
+    made = SmallMount()
+    try:
+        if not made.is_there:
+            pytest.skip("this process may not mount a file system of its own")
+        yield made
+    finally:
+        made.close()

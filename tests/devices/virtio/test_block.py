@@ -10,8 +10,11 @@ import pytest
 
 from kvmigrate.devices.virtio import registers as reg
 from kvmigrate.devices.virtio.block import F_DISCARD, F_RO
+from kvmigrate.devices.virtio.image import open_disk
+from kvmigrate.errors import HostError
+from tests.devices.conftest import wait_until
 
-from .conftest import DISK_BYTES, READ_GPA, STATUS_GPA, Disk
+from .conftest import DISK_BYTES, READ_GPA, SMALL_BYTES, STATUS_GPA, Disk, SmallMount
 from .driver import DATA_GPA, WRITE, block_header
 
 IN, OUT, FLUSH, GET_ID, DISCARD, ZEROES = 0, 1, 4, 8, 11, 13
@@ -98,11 +101,54 @@ def test_a_discard_that_cannot_be_is_refused(disk: Disk, segment: tuple[int, int
     assert disk.request(DISCARD, 0, b"short") == IOERR
 
 
-def test_a_file_that_shrank_is_an_error_and_does_not_grow_again(disk: Disk) -> None:
+def test_a_full_file_system_fails_the_writes_that_need_room_and_is_told_of_once(
+    new_disk: Callable[..., Disk], small_mount: SmallMount, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = small_mount.path / "root.img"
+    with path.open("wb") as image:
+        image.truncate(DISK_BYTES)
+    disk = new_disk(path)
+    disk.driver.start()
+    size = 16 << 10
+    answers = [disk.request(OUT, at // 512, b"x" * size) for at in range(0, DISK_BYTES, size)]
+    fitting = answers.index(IOERR)
+    assert 0 < fitting <= SMALL_BYTES // size
+    assert answers == [OK] * fitting + [IOERR] * (len(answers) - fitting)
+    wait_until(lambda: bool(disk.device.told), "the host is told")
+    assert disk.request(OUT, 0, b"y" * size) == OK, "what has room already is written"
+    assert disk.request(IN, 0, into=512) == OK
+    assert disk.driver.take(READ_GPA, 512) == b"y" * 512
+    told = capfd.readouterr().err.splitlines()
+    assert told == [f"kvmigrate: disk root: {path}: No space left on device: the guest got an I/O error"]
+
+
+def test_a_disk_on_a_read_only_file_system_is_refused_with_what_to_do(small_mount: SmallMount) -> None:
+    path = small_mount.path / "root.img"
+    path.write_bytes(bytes(512))
+    assert small_mount.run("mount -o remount,ro /mnt && echo done") == "done"
+    with pytest.raises(HostError, match=f"disk root: {path}: Read-only file system.*,ro"):
+        open_disk("root", path)
+    open_disk("root", path, read_only=True).close()
+
+
+def test_a_file_that_shrank_is_an_error_and_does_not_grow_again(disk: Disk, capfd: pytest.CaptureFixture[str]) -> None:
     os.truncate(disk.path, 4096)
     assert disk.request(IN, 64, into=512) == IOERR
     assert disk.request(OUT, 64, b"x" * 512) == IOERR
+    assert disk.request(DISCARD, 0, struct.pack("<QII", 64, 1, 0)) == IOERR
     assert disk.path.stat().st_size == 4096
+    assert disk.request(IN, 0, into=4096) == OK, "what is left of it can be read"
+    wait_until(lambda: bool(disk.device.told), "the host is told")
+    [told] = capfd.readouterr().err.splitlines()
+    assert told.startswith(f"kvmigrate: disk root: {disk.path}: is shorter than when the guest found it")
+
+
+def test_a_guest_that_asks_for_what_is_not_there_is_not_the_hosts_affair(
+    disk: Disk, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert disk.request(IN, NR_SECTORS, into=512) == IOERR
+    assert disk.request(IN, 0, into=512) == OK
+    assert capfd.readouterr().err == ""
 
 
 def test_every_page_that_the_device_wrote_is_in_the_next_sync(disk: Disk) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import time
 from collections.abc import Iterator, Mapping
@@ -19,7 +18,7 @@ from tests.oracle.world import POWERED_OFF, Process, World, open_world
 
 from .moving import UNSTABLE
 
-BOOT_S, ANSWER_S = 150.0, 60.0
+BOOT_S, ANSWER_S = 300.0, 120.0
 MEMORY_MIB = 128
 APPEND = "console=ttyS0 quiet panic=-1"
 # Looked for by the guest itself: all of its log over the serial port takes an emulated host many seconds.
@@ -76,10 +75,9 @@ def _is_adjusted(text: str) -> bool:
     return right == left & 0xFFFFFFFF if "SYSENTER" in text else abs(left - right) * 4000 <= left
 
 
-@pytest.mark.parametrize("cpus", [1, 2] if os.environ.get("KVMIGRATE_LONG") else [1])
-def test_debian_boots_finds_every_cpu_and_powers_off(world: World, cpus: int) -> None:
-    guest = boot(world, cpus, "--no-reboot")
-    assert f"cpus {cpus}, clock kvm-clock\n" in guest.log.text
+def test_debian_boots_finds_its_devices_and_powers_off(world: World) -> None:
+    guest = boot(world, 1, "--no-reboot")
+    assert "cpus 1, clock kvm-clock\n" in guest.log.text
     devices = {word for line in said(guest, "ls -1 /sys/bus/acpi/devices") for word in line.split()}
     assert {"ACPI0013:00", "PNP0501:00", "PNP0C0C:00", "QEMU0001:00"} <= devices
     assert not (trouble := said(guest, TROUBLE)), trouble
