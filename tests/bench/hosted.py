@@ -73,7 +73,7 @@ def qemu(machine: str, place: Place) -> tuple[list[str], Path]:
     return [*command, *(["-incoming", f"unix:{place.incoming}"] if place.incoming else ["-S"])], monitor
 
 
-# The quickest dress: qboot, and an RTC, which microvm leaves out under KVM: Linux would look for it for most of the boot.
+# The quickest dress: qboot, and an RTC, which microvm leaves out under KVM: Linux would look for it all the time.
 SYSTEMS: dict[str, Callable[[Place], tuple[list[str], Path]]] = {
     "kvmigrate": kvmigrate,
     "QEMU microvm": lambda place: qemu("microvm,acpi=on,rtc=on,pit=off,x-option-roms=off -bios qboot.rom", place),
