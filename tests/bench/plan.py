@@ -5,7 +5,7 @@ What a goal is held against comes first, since late rows are run once only when 
 
 from __future__ import annotations
 
-from . import links, loopback, profiles, saves, slots, steps
+from . import links, linux, loopback, profiles, saves, slots, steps
 from .goals import Plan
 
 PLANS = [
@@ -29,5 +29,6 @@ PLANS = [
     Plan("gigabit", 2, links.gigabit),
     Plan("gigabit-lossless", 1, links.gigabit_lossless),
     Plan("gigabit-text", 1, links.gigabit_text),
+    Plan("linux", linux.RUNS, linux.linux),
     Plan("profile", 1, profiles.profile),
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import sys
 import threading
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -15,15 +16,24 @@ CACHE = image.ROOT / "build" / "emulated"
 _building = threading.Lock()
 
 
-def run(command: str, directory: Path, timeout_s: float, *more: str, cpus: int = 2, full: bool = False) -> Outcome:
+def run(
+    command: str,
+    directory: Path,
+    timeout_s: float,
+    *more: str,
+    cpus: int = 2,
+    full: bool = False,
+    laid_over: Sequence[Path] = (),
+) -> Outcome:
     """Boot a fresh host of ``cpus`` that runs ``command`` with kvmigrate installed. ``directory`` keeps what it leaves;
-    ``more`` is for QEMU. A ``full`` one has the distribution's kernel for real machines too, for a guest."""
+    ``more`` is for QEMU; the archives ``laid_over`` are unpacked over the others. A ``full`` one has the distribution's
+    kernel for real machines too, for a guest."""
     job = directory / "job.cpio"
     # One at a time: a build writes beside the sources.
     with _building:
         linux, base = prepare()
         image.write_job(job, linux, image.build_wheel(directory), command)
-        archives = [base, *([prepare_full()] if full else []), job]
+        archives = [base, *([prepare_full()] if full else []), job, *laid_over]
     return boot(linux.image, archives, directory, timeout_s, *more, cpus=cpus)
 
 
