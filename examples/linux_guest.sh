@@ -16,12 +16,12 @@ dd if=/dev/zero of="$directory/disk.img" bs=1024k count=16 2>/dev/null
 kvmigrate run "$kernel" --initrd "$initrd" --append "console=ttyS0 quiet" --name web --memory 128M \
     --disk "data=$directory/disk.img" --net "lan=tap:$tap_here" --serial "file:$directory/here" &
 here=$!
-until grep -q "${READY-login:}" "$directory/here" 2>/dev/null; do sleep 1; done
+until grep -q "${READY-login:}" "$directory/here" 2>/dev/null; do kill -0 $here; sleep 1; done
 
 kvmigrate receive "$address" --name web-there \
     --disk "data=$directory/disk.img" --net "lan=tap:$tap_there" --serial "file:$directory/there" &
 there=$!
-until kvmigrate query web-there >/dev/null 2>&1; do sleep 1; done
+until kvmigrate query web-there >/dev/null; do kill -0 $there; sleep 1; done
 
 kvmigrate check web "$address"
 kvmigrate send web "$address"

@@ -28,10 +28,14 @@ def job(value: Mapping[str, Any], *, verbose: bool) -> None:
     if result and value["kind"] == "check":
         check(value, verbose=verbose)
         return
-    if not result:
-        print(f"{value['kind']} to {value['target']}: {value['status']}")
+    if not result or "rounds" not in result:
+        # What is still to begin, has failed early, or comes in: the rounds of that are told at the source.
+        where = "at" if value["kind"].startswith("incoming") else "to"
+        print(f"{value['kind']} {where} {value['target']}: {value['status']}")
         if "error" in value:
             print(f"  {value['error']['desc']}")
+        if verbose and result and result.get("fidelity"):
+            fidelity(result["fidelity"])
         return
     rounds(result["rounds"])
     if "downtime-parts" in result:

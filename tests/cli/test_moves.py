@@ -60,6 +60,8 @@ def on_its_way(host: Host) -> bool:
 def test_a_guest_is_sent_with_figures_for_programs_and_goes_on(host: Host) -> None:
     log = f"file:{host.directory / 'two.log'}"
     with busy_guest(host, "one") as source, waiting(host, "two", "--serial", log) as (target, address):
+        before = host("query", "two")
+        assert before.status == 0 and f"incoming migration at {address}: none\n" in before.out
         refused = host("send", "one", "tcp://127.0.0.1:1", "--json")
         assert refused.status == 2
         assert refused.json["status"] == "failed"
@@ -79,6 +81,8 @@ def test_a_guest_is_sent_with_figures_for_programs_and_goes_on(host: Host) -> No
         assert value["fidelity"]["counts"]["exact"] > 100
         assert ended(source) == (6, f"kvmigrate: VM one has moved to {address}\n")
         runs_on(host, "two")
+        after = host("query", "two")
+        assert after.status == 0 and f"incoming migration at {address}: completed\n" in after.out
         assert host("stop", "two").status == 0
         assert ended(target)[0] == 8
     assert host.left_behind == []
