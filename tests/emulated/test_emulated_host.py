@@ -32,9 +32,10 @@ SELECTED = (
 )
 # Guests with several processors, in a host with one: where QEMU emulates two, such a guest locks both up now and then,
 # with the host's kernel in a soft lockup in each vCPU's thread.
-SELECTED_FOR_ONE = ("tests/emulated/inside/kernels.py", "tests/emulated/inside/stages.py")
+SELECTED_FOR_ONE = ("tests/emulated/inside/kernels.py",)
 # Each takes a minute or more: only when KVMIGRATE_LONG is set.
 LONG = bool(os.environ.get("KVMIGRATE_LONG"))
+SELECTED_FOR_ONE += ("tests/emulated/inside/stages.py",) * LONG
 LONG_ONLY = (
     "tests/emulated/inside/kernels.py::test_the_kernel_for_real_machines_boots_and_drives_every_device",
     "tests/emulated/inside/kernels.py::test_a_vmlinux_boots_by_its_pvh_note_on_4_cpus",
@@ -49,7 +50,7 @@ pytestmark = pytest.mark.timeout(TIMEOUT_S + 120)
     ("cpus", "selected", "least"),
     [
         pytest.param(2, SELECTED, 21, id="two-processors"),
-        pytest.param(1, SELECTED_FOR_ONE, 7 + len(LONG_ONLY) * LONG, id="one-processor"),
+        pytest.param(1, SELECTED_FOR_ONE, 4 + (len(LONG_ONLY) + 3) * LONG, id="one-processor"),
     ],
 )
 def test_every_selected_test_passes_on_kvm_amd(tmp_path: Path, cpus: int, selected: Sequence[str], least: int) -> None:
