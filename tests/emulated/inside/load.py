@@ -44,6 +44,6 @@ def wait_for_rounds(guest: Process, kinds: Sequence[str], more: int = 1) -> None
 
 
 def _rounds(guest: Process, kinds: Sequence[str]) -> dict[str, int]:
-    lines = said(guest, "; ".join(f"cat /tmp/{kind} || echo 0 rounds" for kind in kinds))
+    lines = said(guest, "; ".join(f"cat /tmp/{kind} 2>/dev/null || echo 0 rounds" for kind in kinds))
     assert len(lines) == len(kinds) and all(re.fullmatch(r"\d+ rounds", line) for line in lines), lines
     return {kind: int(line.split()[0]) for kind, line in zip(kinds, lines, strict=True)}
