@@ -17,8 +17,10 @@ from .kernel import Kernel
 
 KERNEL, INITRD = "/guest/vmlinuz", "/guest/initrd"
 FULL_KERNEL, FULL_VMLINUX, FULL_INITRD = "/guest/full/vmlinuz", "/guest/full/vmlinux", "/guest/full/initrd"
-DRIVERS = ("virtio-mmio", "virtio-blk", "virtio-net", "virtio-rng", "virtio-console", "button")
-DRIVERS += ("virtio-balloon", "pvpanic-mmio", "evdev")
+DRIVERS = (
+    "virtio-mmio", "virtio-blk", "virtio-net", "virtio-rng", "virtio-console", "virtio-balloon", "pvpanic-mmio",
+    "button", "evdev",
+)  # fmt: skip
 TOOLS = (
     "sh", "mount", "insmod", "cat", "ls", "echo", "sleep", "dmesg", "grep", "nproc", "stty", "poweroff", "reboot", "dd",
     "md5sum", "sync", "ifconfig", "ip", "ping", "nc", "wc", "cut", "usleep", "cmp", "uptime", "mkdir", "awk", "kill",

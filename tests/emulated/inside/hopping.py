@@ -34,7 +34,7 @@ RESOURCES = ("--net", "lan=tap:tap0", "--disk", "data=/dev/vda")
 CUT, KILLED = 2, 5
 CUT_S, SOME_PAGES = 3.0, 1000
 # An emulated network carries little, and what counts here is not how long the guest waits.
-FAST = {"max-bandwidth": 0, "downtime-limit": 5000}
+FAST = {"max-bandwidth": 0, "downtime-limit": 5000, "x-kvmigrate-timeout": 60_000}
 SLOW = FAST | {"max-bandwidth": 8 << 20}
 """Makes a migration last long enough for something to happen in its middle."""
 
