@@ -300,7 +300,7 @@ void kmig_round_put_back(struct kmig_memory *memory, struct kmig_round *round, c
     }
 }
 
-long kmig_table_check(const struct kmig_memory *memory, const struct kmig_page_run *run, uint32_t nr_runs)
+long kmig_table_check(const struct kmig_memory *memory, const struct kmig_page_run *run, uint32_t nr_runs, uint32_t last_kind)
 {
     uint64_t next_gfn = 0, nr_pages = 0, nr_data = 0;
 
@@ -308,7 +308,7 @@ long kmig_table_check(const struct kmig_memory *memory, const struct kmig_page_r
         return -EINVAL;
     for (uint32_t i = 0; i < nr_runs; i++) {
         const struct kmig_slot *slot = kmig_memory_slot(memory, run[i].gfn);
-        if (!slot || run[i].gfn < next_gfn || !run[i].nr_pages || run[i].kind > KMIG_RUN_DELTA)
+        if (!slot || run[i].gfn < next_gfn || !run[i].nr_pages || run[i].kind > last_kind)
             return -EINVAL;
         if (run[i].nr_pages > slot->nr_pages - (run[i].gfn - slot->base_gfn))
             return -EINVAL;

@@ -336,7 +336,7 @@ static int recv_table(struct kmig_memory *memory, struct kmig_incoming *in, cons
         return rc;
     if (kmig_hash(&table, head_bytes) != in->checksum)
         return -EBADMSG;
-    long nr_data = kmig_table_check(memory, table.run, table.head.nr_runs);
+    long nr_data = kmig_table_check(memory, table.run, table.head.nr_runs, KMIG_RUN_DELTA);
     if (nr_data < 0)
         return (int)nr_data;
     memcpy(in->run, table.run, table.head.nr_runs * sizeof(*table.run));

@@ -63,7 +63,8 @@ class _FramesReader:
                 f"frame {header.sequence} of kind {header.kind} where PAGES frame {self.sequence} has to be"
             )
         table, runs = self._table(header)
-        nr_data = int(lib.kmig_table_check(self._memory.handle, runs, table.nr_runs))
+        # A snapshot has whole pages only: nothing lies in memory yet upon which a delta could go.
+        nr_data = int(lib.kmig_table_check(self._memory.handle, runs, table.nr_runs, lib.KMIG_RUN_ZERO))
         if nr_data < 0:
             raise BadField("its page table names pages that are not RAM, or no table can name")
         data = self._data(table, nr_data * PAGE_BYTES)

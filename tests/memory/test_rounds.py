@@ -60,7 +60,7 @@ def apply_round(source: GuestMemory, destination: GuestMemory, *, first: bool) -
     """Carry one round over, as the compressed path does."""
     for runs, data in take_round(source, first=first):
         table = ffi.new("struct kmig_page_run[]", [{"gfn": g, "nr_pages": n, "kind": k} for g, n, k in runs])
-        assert lib.kmig_table_check(destination.handle, table, len(runs)) == len(data) // PAGE_BYTES
+        assert lib.kmig_table_check(destination.handle, table, len(runs), lib.KMIG_RUN_DELTA) == len(data) // PAGE_BYTES
         assert lib.kmig_table_apply(destination.handle, table, len(runs), data) == 0
 
 
@@ -247,11 +247,11 @@ def test_both_sides_are_equal_after_any_writes_in_any_rounds(rounds: list[list[t
 )
 def test_a_page_table_that_cannot_be_is_refused(memory: GuestMemory, runs: list[tuple[int, int, int]]) -> None:
     table = ffi.new("struct kmig_page_run[]", [{"gfn": g, "nr_pages": n, "kind": k} for g, n, k in runs])
-    assert lib.kmig_table_check(memory.handle, table, len(runs)) == -errno.EINVAL
+    assert lib.kmig_table_check(memory.handle, table, len(runs), lib.KMIG_RUN_DELTA) == -errno.EINVAL
 
 
 def test_a_page_table_with_too_many_runs_is_refused_unread(memory: GuestMemory) -> None:
-    assert lib.kmig_table_check(memory.handle, ffi.NULL, CHUNK + 1) == -errno.EINVAL
+    assert lib.kmig_table_check(memory.handle, ffi.NULL, CHUNK + 1, lib.KMIG_RUN_DELTA) == -errno.EINVAL
 
 
 def test_a_zero_run_does_not_allocate_what_is_zero_already(memory: GuestMemory) -> None:

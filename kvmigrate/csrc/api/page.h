@@ -67,9 +67,9 @@ long kmig_memory_sample(struct kmig_memory *memory, uint8_t *data, uint64_t nr_p
 // Put the pages of a chunk back to pending: it was not delivered.
 void kmig_round_put_back(struct kmig_memory *memory, struct kmig_round *round, const struct kmig_chunk *chunk);
 
-// Check a page table against memory: every run inside one slot, kinds known, gfns rising so that no page comes twice, at
-// most KMIG_CHUNK_PAGES pages in all. Returns the number of data pages, or -EINVAL.
-long kmig_table_check(const struct kmig_memory *memory, const struct kmig_page_run *run, uint32_t nr_runs);
+// Check a page table against memory: every run inside one slot and of a kind up to last_kind, gfns rising so that no page
+// comes twice, at most KMIG_CHUNK_PAGES pages in all. Returns the number of data pages, or -EINVAL.
+long kmig_table_check(const struct kmig_memory *memory, const struct kmig_page_run *run, uint32_t nr_runs, uint32_t last_kind);
 
 // Write pages that were received as a whole (nr_data_pages × 4096 bytes) to where a checked table says; update hashes.
 int kmig_table_apply(struct kmig_memory *memory, const struct kmig_page_run *run, uint32_t nr_runs, const uint8_t *data);
