@@ -1,6 +1,6 @@
-"""One of two hosts between which a busy Linux guest moves to and fro: ``python3 -m … HOST HOPS CPUS``.
+"""One of two hosts between which a busy Linux guest moves to and fro: ``python3 -m … HOST HOPS CPUS SAVES``.
 
-The first host boots the guest, serves its download, and in the end saves it for the second one to restore. What the
+The first host boots the guest, serves its download, and in the end, with SAVES, saves it for the second one to restore. What the
 guests wrote, and the digests that were taken of them, go out by the host's second serial port.
 """
 
@@ -143,7 +143,8 @@ def save_for_the_other(world: World, guest: Process) -> None:
     # What the disk and the far end of a connection go on to must not be ahead of the guest that is restored.
     stop_load(guest, ("file", "stream"))
     said(guest, "sync")
-    world.snapshot(guest, world.directory / "saved")
+    done = world.command("snapshot", guest.name, str(world.directory / "saved"), timeout_s=PATIENCE_S)
+    assert done.returncode == 0, done.stderr
     wait_for_rounds(guest, ("memory",))
     guest.execute("quit")
     assert guest.wait_end() == STOPPED, guest.stderr
@@ -159,13 +160,18 @@ def restore_from_the_other(world: World) -> None:
     assert said(guest, f"ping -c 1 -W 30 {ADDRESSES[1]} > /tmp/ping && echo reached") == ["reached"]
     said(guest, "load /tmp/file file 1 /dev/vda &")
     wait_for_rounds(guest, ("memory", "file"))
+    switch_off(guest)
+
+
+def switch_off(guest: Process) -> None:
+    """End a guest whose kernel has nothing to complain of."""
     require_clean(guest)
     guest.log.send("poweroff -f\n")
     assert guest.wait_end() == POWERED_OFF, guest.stderr
 
 
-def main(here: int, hops: int, cpus: int) -> None:
-    """Take part in ``hops`` moves, an even number: the guest is saved where it was booted."""
+def main(here: int, hops: int, cpus: int, saves: int) -> None:
+    """Take part in ``hops`` moves, an even number: the guest ends or is saved where it was booted."""
     worlds.READY_S = worlds.END_S = PATIENCE_S
     with open_world() as world:
         digests = watch(world)
@@ -179,10 +185,12 @@ def main(here: int, hops: int, cpus: int) -> None:
                     leave(guest, here, number)
                     guest = None
                 print(f"hop {number} on host {here}: {time.monotonic() - began:.1f} s", flush=True)
-            if guest is not None:
+            if saves and guest is not None:
                 save_for_the_other(world, guest)
-            else:
+            elif saves:
                 restore_from_the_other(world)
+            elif guest is not None:
+                switch_off(guest)
         finally:
             Path(RESULT).write_text(json.dumps(report(world, digests)))
 
