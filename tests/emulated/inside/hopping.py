@@ -1,7 +1,7 @@
 """One of two hosts between which a busy Linux guest moves to and fro: ``python3 -m … HOST HOPS CPUS SAVES``.
 
-The first host boots the guest, serves its download, and in the end, with SAVES, saves it for the second one to restore. What the
-guests wrote, and the digests that were taken of them, go out by the host's second serial port.
+The first host boots the guest, serves its download, and in the end, with SAVES, saves it for the second one to restore.
+What the guests wrote, and the digests that were taken of them, go out by the host's second serial port.
 """
 
 from __future__ import annotations
