@@ -16,7 +16,7 @@ from .proxy import Proxy, Strike
 
 GUEST = "beat=10 pages=200 fill=8 irq=1 state=1"
 MEMORY = "32M"
-TIMEOUT_MS = 1500
+TIMEOUT_MS = 2500
 ENDED_S = 30.0
 
 
