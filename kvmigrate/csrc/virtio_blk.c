@@ -210,7 +210,7 @@ int kmig_virtio_blk_serve(struct kmig_virtio *device, struct kmig_virtio_blk *di
     struct kmig_chain chain;
     int error = disk->host_error;
     uint32_t queues;
-    int rc;
+    int rc = 1;
 
     // To leave while the queue holds requests would be to wait for a kick that has been.
     while (disk->host_error == error && (rc = kmig_virtio_wait(device, NULL, 0, &queues)) > 0)

@@ -213,7 +213,7 @@ def test_nothing_is_left_behind(traveller: Traveller, world: World) -> None:
     destination = world.hop(source, world.tcp())
     require_progress(destination.log, 3)
     left = {path.name for path in (world.directory / "kvmigrate").iterdir()}
-    assert left <= {f"{destination.name}{end}" for end in (".lock", ".sock", ".journal")}, left
+    assert left <= {f"{destination.name}{end}" for end in (".lock", ".sock", ".tty", ".journal")}, left
     destination.execute("quit")
     assert destination.wait_end() == 8
     assert not list((world.directory / "kvmigrate").iterdir())

@@ -57,15 +57,19 @@ def witness_directory(world: World) -> Path:
     return directory
 
 
-def examine_hop(world: World, *, cpus: int = 1, hops: int = 1, compression: str = "none", **guest: Any) -> Findings:
-    """Move a guest, booted as :func:`boot` says, and ask all oracles; up to ``hops`` times, until one objects."""
+def examine_hop(
+    world: World, *, cpus: int = 1, hops: int = 1, compression: str = "none", cap: int = 64 << 20, **guest: Any
+) -> Findings:
+    """Move a guest, booted as :func:`boot` says, and ask all oracles; up to ``hops`` times, until one objects.
+
+    ``cap``, in bytes per second, makes the rounds long, so that the guest writes while pages are on their way.
+    """
     found = Findings.of(world)
     source = boot(world, cpus=cpus, **guest)
     for _ in range(hops):
         address = world.tcp()
         destination = world.receive(address)
-        # A cap makes the rounds long, so that the guest writes while pages are on their way.
-        job = migrate(source, address, **{"max-bandwidth": 64 << 20, "x-kvmigrate-compression": compression})
+        job = migrate(source, address, **{"max-bandwidth": cap, "x-kvmigrate-compression": compression})
         if job["status"] != "completed":
             found.objections["handover"] = str(job.get("error", {}).get("desc", job["status"]))
             break
