@@ -32,14 +32,94 @@ static int log_all_slots(const struct kmig_memory *memory)
     return 0;
 }
 
+// The words of a window in a slot's bitmaps.
+struct words {
+    size_t word;
+    size_t end;
+};
+
+static struct words words_of(const struct kmig_slot *slot, uint64_t window)
+{
+    uint64_t first = window * KMIG_WINDOW_PAGES;
+    return (struct words){first / 64, kmig_bits_words(kmig_window_end(slot, first))};
+}
+
+// Whether the VMM may have written in the window since it was asked last.
+static bool take_host_window(struct kmig_slot *slot, uint64_t window)
+{
+    uint64_t bit = UINT64_C(1) << (window % 64), *word = &slot->host_windows[window / 64];
+
+    if (!(__atomic_load_n(word, __ATOMIC_RELAXED) & bit))
+        return false;
+    __atomic_fetch_and(word, ~bit, __ATOMIC_ACQUIRE);
+    return true;
+}
+
+static uint64_t take_host_writes(struct kmig_slot *slot, size_t word)
+{
+    if (!__atomic_load_n(&slot->host_dirty[word], __ATOMIC_RELAXED))
+        return 0;
+    return __atomic_exchange_n(&slot->host_dirty[word], 0, __ATOMIC_ACQUIRE);
+}
+
+static bool is_clean(const uint64_t *log, struct words at)
+{
+    uint64_t any = 0;
+    for (; at.word < at.end; at.word++)
+        any |= log[at.word];
+    return any == 0;
+}
+
+// Add what was logged in a window, and what the VMM wrote there, to what is pending. Returns how many pages that is. Of
+// a window that nobody wrote in only KVM's log is read.
+static uint64_t merge_window(struct kmig_slot *slot, uint64_t window)
+{
+    struct words at = words_of(slot, window);
+    bool host = take_host_window(slot, window) && !KMIG_FAULT("forget-host-bitmap");
+    uint64_t nr_pending = 0;
+
+    if (!host && !kmig_bits_test(slot->pending_windows, window) && is_clean(slot->log, at))
+        return 0;
+    for (; at.word < at.end; at.word++) {
+        slot->pending[at.word] |= slot->log[at.word] | (host ? take_host_writes(slot, at.word) : 0);
+        nr_pending += (uint64_t)__builtin_popcountll(slot->pending[at.word]);
+    }
+    if (nr_pending)
+        kmig_bits_set(slot->pending_windows, window);
+    return nr_pending;
+}
+
+uint64_t kmig_slot_count_pending(const struct kmig_slot *slot)
+{
+    uint64_t nr_windows = kmig_windows_of(slot->nr_pages), nr_pending = 0;
+
+    for (uint64_t window = 0; (window = kmig_bits_next(slot->pending_windows, window, nr_windows)) < nr_windows; window++) {
+        uint64_t first = window * KMIG_WINDOW_PAGES;
+        nr_pending += kmig_bits_count(slot->pending, first, kmig_window_end(slot, first));
+    }
+    return nr_pending;
+}
+
+static void forget_pending(struct kmig_slot *slot)
+{
+    for (uint64_t window = 0; window < kmig_windows_of(slot->nr_pages); window++) {
+        struct words at = words_of(slot, window);
+        if (kmig_bits_test(slot->pending_windows, window))
+            memset(slot->pending + at.word, 0, (at.end - at.word) * 8);
+    }
+    memset(slot->pending_windows, 0, kmig_bits_words(kmig_windows_of(slot->nr_pages)) * 8);
+}
+
 // Forget what the VMM wrote, and take every page as pending: which ones need no look is found by the first round.
 static void reset_pending(struct kmig_memory *memory)
 {
     for (uint32_t i = 0; i < memory->nr_slots; i++) {
         struct kmig_slot *slot = &memory->slot[i];
-        for (size_t word = 0; word < kmig_bits_words(slot->nr_pages); word++)
-            __atomic_store_n(&slot->host_dirty[word], 0, __ATOMIC_RELAXED);
-        kmig_bits_set_range(slot->pending, 0, slot->nr_pages);
+        for (uint64_t window = 0; window < kmig_windows_of(slot->nr_pages); window++)
+            if (take_host_window(slot, window))
+                for (struct words at = words_of(slot, window); at.word < at.end; at.word++)
+                    take_host_writes(slot, at.word);
+        kmig_slot_all_pending(slot);
     }
 }
 
@@ -71,7 +151,7 @@ int kmig_dirty_stop(struct kmig_memory *memory)
         struct kmig_slot *slot = &memory->slot[i];
         int slot_rc = memory->vm_fd >= 0 ? kmig_memory_log_slot(memory, i, false) : 0;
         rc = slot_rc < 0 ? slot_rc : rc;
-        memset(slot->pending, 0, kmig_bits_words(slot->nr_pages) * 8);
+        forget_pending(slot);
     }
     memory->log_mode = KMIG_LOG_OFF;
     return rc;
@@ -86,13 +166,6 @@ static int fetch_log(const struct kmig_memory *memory, const struct kmig_slot *s
     return kmig_ioctl(memory->vm_fd, KVM_GET_DIRTY_LOG, &log);
 }
 
-static uint64_t take_host_writes(struct kmig_slot *slot, size_t word)
-{
-    if (KMIG_FAULT("forget-host-bitmap") || !__atomic_load_n(&slot->host_dirty[word], __ATOMIC_RELAXED))
-        return 0;
-    return __atomic_exchange_n(&slot->host_dirty[word], 0, __ATOMIC_ACQUIRE);
-}
-
 long kmig_dirty_sync(struct kmig_memory *memory)
 {
     uint64_t nr_pending = 0;
@@ -104,9 +177,8 @@ long kmig_dirty_sync(struct kmig_memory *memory)
         int rc = fetch_log(memory, slot);
         if (rc < 0)
             return rc;
-        for (size_t word = 0; word < kmig_bits_words(slot->nr_pages); word++)
-            slot->pending[word] |= slot->log[word] | take_host_writes(slot, word);
-        nr_pending += kmig_bits_count(slot->pending, 0, slot->nr_pages);
+        for (uint64_t window = 0; window < kmig_windows_of(slot->nr_pages); window++)
+            nr_pending += merge_window(slot, window);
     }
     return (long)nr_pending;
 }

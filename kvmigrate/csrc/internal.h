@@ -2,6 +2,7 @@
 #ifndef KMIG_INTERNAL_H
 #define KMIG_INTERNAL_H
 
+#include "bits.h"
 #include "core.h"
 
 // The slot that holds gfn, or NULL.
@@ -12,6 +13,51 @@ static inline uint8_t *kmig_memory_hva(const struct kmig_memory *memory, uint64_
 {
     const struct kmig_slot *slot = kmig_memory_slot(memory, gfn);
     return slot->hva + (gfn - slot->base_gfn) * KMIG_PAGE_BYTES;
+}
+
+// How many windows so many pages take.
+static inline uint64_t kmig_windows_of(uint64_t nr_pages)
+{
+    return (nr_pages + KMIG_WINDOW_PAGES - 1) / KMIG_WINDOW_PAGES;
+}
+
+// Where the window ends in which page lies.
+static inline uint64_t kmig_window_end(const struct kmig_slot *slot, uint64_t page)
+{
+    uint64_t end = (page / KMIG_WINDOW_PAGES + 1) * KMIG_WINDOW_PAGES;
+    return end < slot->nr_pages ? end : slot->nr_pages;
+}
+
+// Make the pages first..end of slot pending.
+static inline void kmig_slot_pending(struct kmig_slot *slot, uint64_t first, uint64_t end)
+{
+    kmig_bits_set_range(slot->pending, first, end);
+    kmig_bits_set_range(slot->pending_windows, first / KMIG_WINDOW_PAGES, kmig_windows_of(end));
+}
+
+static inline void kmig_slot_all_pending(struct kmig_slot *slot)
+{
+    kmig_slot_pending(slot, 0, slot->nr_pages);
+}
+
+uint64_t kmig_slot_count_pending(const struct kmig_slot *slot);
+
+// The VMM wrote the pages first..end of slot. To be called after the bytes are there: a sync that takes the marks before
+// would have the old page copied and no mark left for the new one. The window's mark comes after the pages' own: a sync
+// that sees it sees them.
+static inline void kmig_host_wrote(struct kmig_slot *slot, uint64_t first, uint64_t end)
+{
+    kmig_bits_set_range_atomic(slot->host_dirty, first, end);
+    kmig_bits_set_range_atomic(slot->host_windows, first / KMIG_WINDOW_PAGES, (end - 1) / KMIG_WINDOW_PAGES + 1);
+}
+
+// The same for the pages whose bits stand in one word of host_dirty.
+static inline void kmig_host_wrote_word(struct kmig_slot *slot, size_t word, uint64_t bits)
+{
+    uint64_t window = word * 64 / KMIG_WINDOW_PAGES;
+
+    __atomic_fetch_or(&slot->host_dirty[word], bits, __ATOMIC_RELEASE);
+    kmig_bits_set_range_atomic(slot->host_windows, window, window + 1);
 }
 
 // A round begins; a first one has nothing to build upon.

@@ -1,4 +1,4 @@
-// Guest RAM: reserve, map, read, write, and which of its pages hold anything.
+// Guest RAM: reserve, map, read, write, empty.
 #include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
@@ -6,15 +6,11 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include "bits.h"
 #include "hash.h"
+#include "internal.h"
 
 #define HUGE_PAGE_BYTES (UINT64_C(2) << 20)
 #define MAX_GFN (UINT64_C(1) << 40)
-#define PAGEMAP_BATCH 1024
-// Bits of a word of /proc/PID/pagemap (Documentation/admin-guide/mm/pagemap.rst).
-#define PAGEMAP_PRESENT (UINT64_C(1) << 63)
-#define PAGEMAP_SWAPPED (UINT64_C(1) << 62)
 
 int kmig_memory_create(struct kmig_memory **ret)
 {
@@ -41,11 +37,14 @@ static void unmap(void *at, uint64_t size_bytes)
 static void slot_release(struct kmig_slot *slot)
 {
     uint64_t bitmap_bytes = kmig_bits_words(slot->nr_pages) * 8;
+    uint64_t window_bytes = kmig_bits_words(kmig_windows_of(slot->nr_pages)) * 8;
 
     unmap(slot->hva, slot->nr_pages * KMIG_PAGE_BYTES);
     unmap(slot->host_dirty, bitmap_bytes);
+    unmap(slot->host_windows, window_bytes);
     unmap(slot->backed, bitmap_bytes);
     unmap(slot->pending, bitmap_bytes);
+    unmap(slot->pending_windows, window_bytes);
     unmap(slot->log, bitmap_bytes);
     unmap(slot->hash, slot->nr_pages * sizeof(*slot->hash));
 }
@@ -110,18 +109,22 @@ int kmig_memory_add(struct kmig_memory *memory, uint32_t id, uint64_t base_gfn, 
     if (rc)
         return rc;
     uint64_t bitmap_bytes = kmig_bits_words(nr_pages) * 8;
+    uint64_t window_bytes = kmig_bits_words(kmig_windows_of(nr_pages)) * 8;
     struct kmig_slot slot = {
         .id = id,
         .base_gfn = base_gfn,
         .nr_pages = nr_pages,
         .hva = map_ram(base_gfn, nr_pages * KMIG_PAGE_BYTES),
         .host_dirty = map_zeroed(bitmap_bytes),
+        .host_windows = map_zeroed(window_bytes),
         .backed = map_zeroed(bitmap_bytes),
         .pending = map_zeroed(bitmap_bytes),
+        .pending_windows = map_zeroed(window_bytes),
         .log = map_zeroed(bitmap_bytes),
         .hash = map_zeroed(nr_pages * sizeof(*slot.hash)),
     };
-    if (!slot.hva || !slot.host_dirty || !slot.backed || !slot.pending || !slot.log || !slot.hash) {
+    if (!slot.hva || !slot.host_dirty || !slot.host_windows || !slot.backed || !slot.pending || !slot.pending_windows ||
+        !slot.log || !slot.hash) {
         slot_release(&slot);
         return -ENOMEM;
     }
@@ -258,52 +261,13 @@ int kmig_memory_write(struct kmig_memory *memory, uint64_t gpa, const void *data
     while (size_bytes) {
         struct piece piece = first_piece(memory, gpa, size_bytes);
         memcpy(piece.slot->hva + piece.offset, from, piece.size_bytes);
-        // After the bytes: a sync that takes the mark before they are there would have the old page copied and no
-        // mark left for the new one.
-        kmig_bits_set_range_atomic(piece.slot->host_dirty, piece.offset / KMIG_PAGE_BYTES,
-                                   (piece.offset + piece.size_bytes + KMIG_PAGE_BYTES - 1) / KMIG_PAGE_BYTES);
+        kmig_host_wrote(piece.slot, piece.offset / KMIG_PAGE_BYTES,
+                        (piece.offset + piece.size_bytes + KMIG_PAGE_BYTES - 1) / KMIG_PAGE_BYTES);
         from += piece.size_bytes;
         gpa += piece.size_bytes;
         size_bytes -= piece.size_bytes;
     }
     return 0;
-}
-
-// Set the bits of up to PAGEMAP_BATCH pages that are present or swapped out.
-static int resident_batch(const struct kmig_memory *memory, const struct kmig_slot *slot, uint64_t first, uint64_t end,
-                          uint64_t *bitmap)
-{
-    uint64_t entry[PAGEMAP_BATCH];
-    uint64_t at = (uintptr_t)slot->hva / KMIG_PAGE_BYTES + first;
-    ssize_t want = (ssize_t)((end - first) * sizeof(*entry));
-    ssize_t got = pread(memory->pagemap_fd, entry, (size_t)want, (off_t)(at * sizeof(*entry)));
-
-    if (got != want)
-        return got < 0 ? -errno : -EIO;
-    for (uint64_t page = first; page < end; page++)
-        if (entry[page - first] & (PAGEMAP_PRESENT | PAGEMAP_SWAPPED))
-            kmig_bits_set(bitmap, page - first);
-    return 0;
-}
-
-long kmig_memory_resident(struct kmig_memory *memory, uint32_t slot_index, uint64_t first, uint64_t nr_pages,
-                          uint64_t *bitmap)
-{
-    if (slot_index >= memory->nr_slots)
-        return -EINVAL;
-    const struct kmig_slot *slot = &memory->slot[slot_index];
-    if (first % 64 || first > slot->nr_pages || nr_pages > slot->nr_pages - first)
-        return -EINVAL;
-    uint64_t end = first + nr_pages;
-    for (uint64_t page = first; page < end; page += PAGEMAP_BATCH) {
-        uint64_t batch_end = end - page > PAGEMAP_BATCH ? page + PAGEMAP_BATCH : end;
-        int rc = resident_batch(memory, slot, page, batch_end, bitmap + (page - first) / 64);
-        if (rc < 0)
-            return rc;
-    }
-    for (uint64_t word = first / 64; word < kmig_bits_words(end); word++)
-        bitmap[word - first / 64] |= slot->backed[word] & kmig_bits_mask(word, first, end);
-    return (long)kmig_bits_count(bitmap, 0, nr_pages);
 }
 
 int kmig_memory_prefault(struct kmig_memory *memory, uint64_t gfn, uint64_t nr_pages)
@@ -349,7 +313,7 @@ static int slot_clear(struct kmig_memory *memory, uint32_t slot_index)
     // After they are empty: who copied them before copies them again, as zeros.
     for (size_t word = 0; rc >= 0 && word < nr_words; word++)
         if (resident[word])
-            __atomic_fetch_or(&slot->host_dirty[word], resident[word], __ATOMIC_RELEASE);
+            kmig_host_wrote_word(slot, word, resident[word]);
     free(resident);
     return rc < 0 ? (int)rc : 0;
 }
@@ -361,20 +325,4 @@ int kmig_memory_clear(struct kmig_memory *memory)
     for (uint32_t i = 0; rc == 0 && i < memory->nr_slots; i++)
         rc = slot_clear(memory, i);
     return rc;
-}
-
-int kmig_memory_hash_all(struct kmig_memory *memory, uint32_t slot_index, uint64_t *hashes)
-{
-    if (slot_index >= memory->nr_slots)
-        return -EINVAL;
-    const struct kmig_slot *slot = &memory->slot[slot_index];
-    uint64_t *resident = calloc(kmig_bits_words(slot->nr_pages), sizeof(*resident));
-    if (!resident)
-        return -ENOMEM;
-    long rc = kmig_memory_resident(memory, slot_index, 0, slot->nr_pages, resident);
-    if (rc >= 0)
-        for (uint64_t page = 0; page < slot->nr_pages; page++)
-            hashes[page] = kmig_bits_test(resident, page) ? kmig_page_hash(slot->hva + page * KMIG_PAGE_BYTES) : 0;
-    free(resident);
-    return rc < 0 ? (int)rc : 0;
 }

@@ -8,9 +8,6 @@
 #include "hash.h"
 #include "internal.h"
 
-// How many pages are cleared in the log, and asked for in the pagemap, at once: few enough that not many are written
-// again between their clearing and their copying, many enough that the calls cost nothing.
-#define WINDOW_PAGES 8192
 #define PACE_NS 10000000
 
 uint64_t kmig_now_ns(void)
@@ -94,12 +91,11 @@ void kmig_round_begin(struct kmig_memory *memory, struct kmig_round *round)
     if (round->delta)
         kmig_delta_begin(round->delta, round->first);
     for (uint32_t i = 0; i < memory->nr_slots; i++) {
-        struct kmig_slot *slot = &memory->slot[i];
         // Pending until its window comes up: a round that is broken off has then forgotten nothing.
         if (round->first)
-            kmig_bits_set_range(slot->pending, 0, slot->nr_pages);
+            kmig_slot_all_pending(&memory->slot[i]);
         else
-            kmig_count(&round->pages_total, kmig_bits_count(slot->pending, 0, slot->nr_pages));
+            kmig_count(&round->pages_total, kmig_slot_count_pending(&memory->slot[i]));
     }
 }
 
@@ -120,7 +116,7 @@ static int clear_window(struct kmig_memory *memory, uint32_t slot_index, uint64_
 
 static int reduce_to_resident(struct kmig_memory *memory, struct kmig_round *round, uint64_t first, uint64_t end)
 {
-    uint64_t resident[WINDOW_PAGES / 64] = {0};
+    uint64_t resident[KMIG_WINDOW_PAGES / 64] = {0};
     uint64_t *pending = memory->slot[round->slot].pending;
     long rc = kmig_memory_resident(memory, round->slot, first, end - first, resident);
 
@@ -151,8 +147,8 @@ static int open_window(struct kmig_memory *memory, struct kmig_round *round, uin
 // For "copy-before-clear": what should have happened before the window was copied.
 static int close_window(struct kmig_memory *memory, const struct kmig_round *round)
 {
-    uint64_t first = round->window_end ? (round->window_end - 1) / WINDOW_PAGES * WINDOW_PAGES : 0;
-    uint64_t all[WINDOW_PAGES / 64];
+    uint64_t first = round->window_end ? (round->window_end - 1) / KMIG_WINDOW_PAGES * KMIG_WINDOW_PAGES : 0;
+    uint64_t all[KMIG_WINDOW_PAGES / 64];
 
     if (!KMIG_FAULT("copy-before-clear") || !round->window_end)
         return 0;
@@ -161,7 +157,7 @@ static int close_window(struct kmig_memory *memory, const struct kmig_round *rou
 }
 #endif
 
-// Go on to the next window. Returns 1, or 0 when the round has been through all slots.
+// Go on to the next window in which anything is pending. Returns 1, or 0 when the round has been through all slots.
 static int next_window(struct kmig_memory *memory, struct kmig_round *round)
 {
     int rc = 0;
@@ -173,14 +169,21 @@ static int next_window(struct kmig_memory *memory, struct kmig_round *round)
     if (rc < 0)
         return rc;
 #endif
-    while (round->slot < memory->nr_slots && round->window_end == memory->slot[round->slot].nr_pages) {
-        round->slot++;
+    if (round->window_end)
+        kmig_bits_unset(memory->slot[round->slot].pending_windows, (round->window_end - 1) / KMIG_WINDOW_PAGES);
+    for (; round->slot < memory->nr_slots; round->slot++) {
+        const struct kmig_slot *slot = &memory->slot[round->slot];
+        uint64_t nr_windows = kmig_windows_of(slot->nr_pages);
+        uint64_t window = kmig_bits_next(slot->pending_windows, kmig_windows_of(round->window_end), nr_windows);
+        if (window < nr_windows) {
+            round->page = window * KMIG_WINDOW_PAGES;
+            break;
+        }
         round->page = round->window_end = 0;
     }
     if (round->slot == memory->nr_slots)
         return 0;
-    uint64_t left = memory->slot[round->slot].nr_pages - round->page;
-    uint64_t end = round->page + (left < WINDOW_PAGES ? left : WINDOW_PAGES);
+    uint64_t end = kmig_window_end(&memory->slot[round->slot], round->page);
     rc = open_window(memory, round, round->page, end);
     if (rc < 0)
         return rc;
@@ -287,7 +290,7 @@ void kmig_round_put_back(struct kmig_memory *memory, struct kmig_round *round, c
         struct kmig_slot *slot = kmig_memory_slot(memory, run->gfn);
         uint64_t first = run->gfn - slot->base_gfn;
 
-        kmig_bits_set_range(slot->pending, first, first + run->nr_pages);
+        kmig_slot_pending(slot, first, first + run->nr_pages);
         // The other side may hold the old bytes: a hash that is not 0 has the page announced again if it is still zero.
         if (run->kind == KMIG_RUN_ZERO)
             for (uint64_t page = first; page < first + run->nr_pages; page++)

@@ -35,7 +35,7 @@ static uint64_t give_back(struct kmig_slot *slot, uint64_t page, uint64_t nr_pag
     if (!nr_pages || !drop(slot, page, nr_pages))
         return 0;
     // After they are empty: who copied them before copies them again, as zeros.
-    kmig_bits_set_range_atomic(slot->host_dirty, page, page + nr_pages);
+    kmig_host_wrote(slot, page, page + nr_pages);
     return nr_pages;
 }
 

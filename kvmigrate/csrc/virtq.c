@@ -37,12 +37,11 @@ static uint16_t *avail_event(const struct kmig_virtq *queue)
 static void mark(struct kmig_memory *memory, const void *at, uint64_t size_bytes)
 {
     for (uint32_t i = 0; i < memory->nr_slots && size_bytes; i++) {
-        const struct kmig_slot *slot = &memory->slot[i];
+        struct kmig_slot *slot = &memory->slot[i];
         uint64_t offset = (uint64_t)((const uint8_t *)at - slot->hva);
         if ((const uint8_t *)at < slot->hva || offset >= slot->nr_pages * KMIG_PAGE_BYTES)
             continue;
-        kmig_bits_set_range_atomic(slot->host_dirty, offset / KMIG_PAGE_BYTES,
-                                   (offset + size_bytes + KMIG_PAGE_BYTES - 1) / KMIG_PAGE_BYTES);
+        kmig_host_wrote(slot, offset / KMIG_PAGE_BYTES, (offset + size_bytes + KMIG_PAGE_BYTES - 1) / KMIG_PAGE_BYTES);
         return;
     }
 }

@@ -2,6 +2,9 @@
 
 #define KMIG_PAGE_BYTES 4096
 #define KMIG_MAX_SLOTS 32
+// What is cleared in the log, and asked for in the pagemap, at once: few enough pages that not many are written again
+// between their clearing and their copying, many enough that the calls cost nothing.
+#define KMIG_WINDOW_PAGES 8192
 
 // One memory slot. Page n of a slot is gfn base_gfn + n and bit n of each bitmap; bitmaps have a multiple of 64 bits.
 struct kmig_slot {
@@ -11,8 +14,10 @@ struct kmig_slot {
     uint64_t nr_pages;
     uint8_t *hva;
     uint64_t *host_dirty;     // written by the VMM since the last sync
+    uint64_t *host_windows;   // bit n: host_dirty may have bits in window n, KMIG_WINDOW_PAGES pages long
     uint64_t *backed;         // content lies in a file mapped under the slot, touched or not
     uint64_t *pending;        // to be copied in this round
+    uint64_t *pending_windows; // bit n: pending may have bits in window n; where it is 0, it has none
     uint64_t *log;            // what KVM's log said at the last sync
     uint64_t *hash;           // per page: XXH3-64 as last copied out or in; 0 for a zero page
 };
@@ -22,6 +27,8 @@ struct kmig_memory {
     int log_mode;             // KMIG_LOG_OFF, …
     int vm_fd;                // -1 without a VM: then only host writes are logged
     int pagemap_fd;
+    int no_pagemap_scan;      // 1: the kernel has no PAGEMAP_SCAN (before Linux 6.7)
+    int reserved;
     uint64_t digest;          // sum over all pages of a mix of gfn and hash, kept up to date with every hash
     uint64_t nr_hashed;       // pages whose hash is not 0
     struct kmig_slot slot[KMIG_MAX_SLOTS];

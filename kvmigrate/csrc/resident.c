@@ -1,0 +1,136 @@
+// Which pages of guest RAM may hold anything but zeros, asked of the kernel and found without reading a page.
+#include <stdlib.h>
+#include <sys/ioctl.h>
+#include <unistd.h>
+
+#include "hash.h"
+#include "internal.h"
+
+#define PAGEMAP_BATCH 1024
+#define SCAN_REGIONS 64
+// Bits of a word of /proc/PID/pagemap (Documentation/admin-guide/mm/pagemap.rst).
+#define PAGEMAP_PRESENT (UINT64_C(1) << 63)
+#define PAGEMAP_SWAPPED (UINT64_C(1) << 62)
+
+// PAGEMAP_SCAN as linux/fs.h has it from 6.7 on; the headers that this is built with may be older than the kernel.
+#define SCAN_PRESENT (UINT64_C(1) << 3)
+#define SCAN_SWAPPED (UINT64_C(1) << 4)
+
+struct scan_region {
+    uint64_t start;
+    uint64_t end;
+    uint64_t categories;
+};
+
+struct scan_arg {
+    uint64_t size;
+    uint64_t flags;
+    uint64_t start;
+    uint64_t end;
+    uint64_t walk_end;
+    uint64_t vec;
+    uint64_t vec_len;
+    uint64_t max_pages;
+    uint64_t category_inverted;
+    uint64_t category_mask;
+    uint64_t category_anyof_mask;
+    uint64_t return_mask;
+};
+
+_Static_assert(sizeof(struct scan_region) == 24 && sizeof(struct scan_arg) == 96, "linux/fs.h");
+
+#define SCAN_IOCTL _IOWR('f', 16, struct scan_arg)
+
+// Ask for ranges: the kernel steps over what has no page tables at once, so that empty memory costs nothing. Returns
+// -ENOTTY or -EINVAL where it does not know the call.
+static int scan(const struct kmig_memory *memory, const struct kmig_slot *slot, uint64_t first, uint64_t end,
+                uint64_t *bitmap)
+{
+    struct scan_region region[SCAN_REGIONS];
+    uint64_t base = (uintptr_t)slot->hva + first * KMIG_PAGE_BYTES;
+    struct scan_arg arg = {
+        .size = sizeof(arg),
+        .start = base,
+        .end = (uintptr_t)slot->hva + end * KMIG_PAGE_BYTES,
+        .vec = (uintptr_t)region,
+        .vec_len = SCAN_REGIONS,
+        .category_anyof_mask = SCAN_PRESENT | SCAN_SWAPPED,
+        .return_mask = SCAN_PRESENT | SCAN_SWAPPED,
+    };
+
+    for (; arg.start < arg.end; arg.start = arg.walk_end) {
+        int nr = kmig_ioctl(memory->pagemap_fd, SCAN_IOCTL, &arg);
+        if (nr < 0)
+            return nr;
+        for (int i = 0; i < nr; i++)
+            kmig_bits_set_range(bitmap, (region[i].start - base) / KMIG_PAGE_BYTES,
+                                (region[i].end - base) / KMIG_PAGE_BYTES);
+    }
+    return 0;
+}
+
+// Set the bits of up to PAGEMAP_BATCH pages, asked for one by one.
+static int read_batch(const struct kmig_memory *memory, const struct kmig_slot *slot, uint64_t first, uint64_t end,
+                      uint64_t *bitmap)
+{
+    uint64_t entry[PAGEMAP_BATCH];
+    uint64_t at = (uintptr_t)slot->hva / KMIG_PAGE_BYTES + first;
+    ssize_t want = (ssize_t)((end - first) * sizeof(*entry));
+    ssize_t got = pread(memory->pagemap_fd, entry, (size_t)want, (off_t)(at * sizeof(*entry)));
+
+    if (got != want)
+        return got < 0 ? -errno : -EIO;
+    for (uint64_t page = first; page < end; page++)
+        if (entry[page - first] & (PAGEMAP_PRESENT | PAGEMAP_SWAPPED))
+            kmig_bits_set(bitmap, page - first);
+    return 0;
+}
+
+static int read_all(const struct kmig_memory *memory, const struct kmig_slot *slot, uint64_t first, uint64_t end,
+                    uint64_t *bitmap)
+{
+    for (uint64_t page = first; page < end; page += PAGEMAP_BATCH) {
+        uint64_t batch_end = end - page > PAGEMAP_BATCH ? page + PAGEMAP_BATCH : end;
+        int rc = read_batch(memory, slot, page, batch_end, bitmap + (page - first) / 64);
+        if (rc < 0)
+            return rc;
+    }
+    return 0;
+}
+
+long kmig_memory_resident(struct kmig_memory *memory, uint32_t slot_index, uint64_t first, uint64_t nr_pages,
+                          uint64_t *bitmap)
+{
+    if (slot_index >= memory->nr_slots)
+        return -EINVAL;
+    const struct kmig_slot *slot = &memory->slot[slot_index];
+    if (first % 64 || first > slot->nr_pages || nr_pages > slot->nr_pages - first)
+        return -EINVAL;
+    uint64_t end = first + nr_pages;
+    int rc = memory->no_pagemap_scan ? -ENOTTY : scan(memory, slot, first, end, bitmap);
+    if (rc == -ENOTTY || rc == -EINVAL) {
+        memory->no_pagemap_scan = 1;
+        rc = read_all(memory, slot, first, end, bitmap);
+    }
+    if (rc < 0)
+        return rc;
+    for (uint64_t word = first / 64; word < kmig_bits_words(end); word++)
+        bitmap[word - first / 64] |= slot->backed[word] & kmig_bits_mask(word, first, end);
+    return (long)kmig_bits_count(bitmap, 0, nr_pages);
+}
+
+int kmig_memory_hash_all(struct kmig_memory *memory, uint32_t slot_index, uint64_t *hashes)
+{
+    if (slot_index >= memory->nr_slots)
+        return -EINVAL;
+    const struct kmig_slot *slot = &memory->slot[slot_index];
+    uint64_t *resident = calloc(kmig_bits_words(slot->nr_pages), sizeof(*resident));
+    if (!resident)
+        return -ENOMEM;
+    long rc = kmig_memory_resident(memory, slot_index, 0, slot->nr_pages, resident);
+    if (rc >= 0)
+        for (uint64_t page = 0; page < slot->nr_pages; page++)
+            hashes[page] = kmig_bits_test(resident, page) ? kmig_page_hash(slot->hva + page * KMIG_PAGE_BYTES) : 0;
+    free(resident);
+    return rc < 0 ? (int)rc : 0;
+}
