@@ -226,6 +226,44 @@ def test_both_sides_are_equal_after_any_writes_in_any_rounds(rounds: list[list[t
         assert (source.digest, source.nr_hashed) == (destination.digest, destination.nr_hashed)
 
 
+WINDOW = lib.KMIG_WINDOW_PAGES
+BORDERS = [window * WINDOW + offset for window in range(4) for offset in (0, 63, 64, WINDOW - 1)] + [4 * WINDOW + 69]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.lists(st.tuples(st.sampled_from(BORDERS), st.sampled_from([0, 1, 2])), max_size=12), st.booleans()
+        ),
+        min_size=1,
+        max_size=6,
+    )
+)
+def test_no_window_is_skipped_that_was_written_in_or_put_back(rounds: list[tuple[list[tuple[int, int]], bool]]) -> None:
+    """Some rounds are delivered, of others the first chunk is put back and the rest never looked at."""
+    size_bytes = (BORDERS[-1] + 1) * PAGE_BYTES
+    with GuestMemory(size_bytes) as source, GuestMemory(size_bytes) as destination:
+        log = DirtyLog(source, LogMode.CLEAR)
+        log.start()
+        apply_round(source, destination, first=True)
+        for writes, broken in [*rounds, ([], False)]:
+            for gfn, value in writes:
+                source.write(gfn * PAGE_BYTES, bytes([value]) * PAGE_BYTES)
+            log.sync()
+            if not broken:
+                apply_round(source, destination, first=False)
+                continue
+            round_, chunk = new_round(first=False), ffi.new("struct kmig_chunk *")
+            lib.kmig_round_begin(source.handle, round_)
+            if lib.kmig_round_next(source.handle, round_, chunk, ffi.NULL) == 1:
+                lib.kmig_round_put_back(source.handle, round_, chunk)
+        for gfn in BORDERS:
+            assert source.read(gfn * PAGE_BYTES, PAGE_BYTES) == destination.read(gfn * PAGE_BYTES, PAGE_BYTES)
+        assert log.sync() == 0
+        assert (source.digest, source.nr_hashed) == (destination.digest, destination.nr_hashed)
+
+
 @pytest.mark.parametrize(
     "runs",
     [
