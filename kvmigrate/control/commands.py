@@ -24,9 +24,11 @@ class Vm(Protocol):
     """What the commands ask of the process that they control; see ``session.Session``."""
 
     name: str
-    package: str
     parameters: MigrationParameters
     events_on: bool
+
+    @property
+    def package(self) -> str: ...
 
     @property
     def runstate(self) -> RunState: ...

@@ -9,15 +9,17 @@ import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..config import SnapshotParameters
 from ..contract import Migratable
 from ..errors import Cancelled, KvmigrateError, StateError
-from ..precopy.converge import Decision
-from ..precopy.ledger import RoundRecord
-from ..precopy.progress import Progress, ProgressView
-from ..snapshot import save
+
+if TYPE_CHECKING:
+    from ..precopy.converge import Decision
+    from ..precopy.ledger import RoundRecord
+    from ..precopy.progress import Progress, ProgressView
+    from ..snapshot.save import SnapshotResult
 
 ACTIVE, COMPLETED, FAILED, CANCELLING, CANCELLED = "active", "completed", "failed", "cancelling", "cancelled"
 
@@ -128,10 +130,12 @@ class SnapshotJob(Job):
         self._emit = emit
         self._abort_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._progress: Progress | None = None
-        self._result: save.SnapshotResult | None = None
+        self._result: SnapshotResult | None = None
 
     def work(self) -> None:
         """Take the snapshot; see :func:`save.take`."""
+        from ..snapshot import save
+
         self._emit("X_KVMIGRATE_SNAPSHOT", {"status": ACTIVE})
         self._result = save.take(self._machine, self._directory, self._parameters, self, self._abort_fd)
 

@@ -18,7 +18,6 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -83,7 +82,6 @@ class Session:
 
     def __init__(self, claim: Claim) -> None:
         self.name = claim.name
-        self.package = f"kvmigrate {version('kvmigrate')}"
         self.parameters = MigrationParameters()
         self.events_on = False
         self.machine: Machine | None = None
@@ -101,6 +99,13 @@ class Session:
         self._over: asyncio.Future[Exit] | None = None
 
     # What the commands ask.
+
+    @property
+    def package(self) -> str:
+        # Its import takes 15 ms, for which a guest that is being restored should not wait.
+        from importlib.metadata import version
+
+        return f"kvmigrate {version('kvmigrate')}"
 
     @property
     def runstate(self) -> RunState:

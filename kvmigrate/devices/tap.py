@@ -5,7 +5,6 @@ It must be there already: one that the kernel made on the way would lead nowhere
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import os
@@ -14,6 +13,7 @@ import socket
 import struct
 from pathlib import Path
 
+from .._core import ffi
 from ..errors import HostError
 
 DEVICE = "/dev/net/tun"
@@ -89,12 +89,13 @@ def _is_tap(query: socket.socket, name: str) -> bool:
 
 def _ethtool(query: socket.socket, name: str, command: int, size_bytes: int) -> bytes:
     """The answer of SIOCETHTOOL, which is asked by way of a pointer; zeros when there is none."""
-    answer = ctypes.create_string_buffer(struct.pack("I", command), size_bytes)
+    answer = ffi.new("uint8_t[]", struct.pack("I", command).ljust(size_bytes, b"\0"))
+    at = int(ffi.cast("uintptr_t", answer))
     try:
-        fcntl.ioctl(query, SIOCETHTOOL, struct.pack(f"{IFNAME_BYTES}sP16x", name.encode(), ctypes.addressof(answer)))
+        fcntl.ioctl(query, SIOCETHTOOL, struct.pack(f"{IFNAME_BYTES}sP16x", name.encode(), at))
     except OSError:
         return bytes(size_bytes)
-    return answer.raw
+    return bytes(ffi.buffer(answer))
 
 
 def _owner(name: str) -> int:
