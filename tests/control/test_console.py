@@ -68,17 +68,20 @@ class Client:
 
 
 class Vm:
-    """A UART, its null back-end, and a console at ``path``."""
+    """A UART, its null back-end, and a console at ``path``; ``early`` is what the guest says before it has one."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, early: bytes = b"") -> None:
         self.path = path
         self.console = Console("vm")
         tee = Tee(Backend())
         self.uart = Serial(lambda level: None, tee)
+        self.clients: list[Client] = []
+        if early:
+            self.uart.resume()
+            self.say(early)
         self.console.adopt(tee)
         self.console.start(path)
         self.uart.resume()
-        self.clients: list[Client] = []
 
     def connect(self) -> Client:
         self.clients.append(Client(self.path))
@@ -133,6 +136,17 @@ def test_who_comes_late_is_shown_the_last_64_kib(vm: Vm) -> None:
     assert client.wait_output(KEPT_BYTES) == text[-KEPT_BYTES:]
     vm.say(b"now")
     assert client.wait_output(KEPT_BYTES + 3)[-3:] == b"now"
+
+
+def test_what_the_guest_said_before_its_console_was_there_is_shown_too(tmp_path: Path) -> None:
+    """A restored guest runs before the process has loaded what serves it."""
+    text = pattern(3 * KEPT_BYTES)
+    vm = Vm(tmp_path / "vm.tty", early=text)
+    client = vm.connect()
+    assert client.wait_output(KEPT_BYTES) == text[-KEPT_BYTES:]
+    vm.say(b"now")
+    assert client.wait_output(KEPT_BYTES + 3)[-3:] == b"now"
+    vm.close()
 
 
 def test_the_back_end_gets_it_too_and_sets_the_pace(tmp_path: Path) -> None:
