@@ -180,25 +180,19 @@ static uint32_t fill(struct port *port)
     return filled;
 }
 
-// True when there may be more.
-static bool receive(struct port *port)
+// One request of input. False when there is none, or nothing for it.
+static bool receive_one(struct port *port)
 {
-    uint32_t nr = 0;
-
-    while (nr < BATCH && !kmig_virtio_wanted(port->device) &&
-           kmig_virtio_console_held(port->console, KMIG_CONSOLE_RX) &&
-           kmig_virtq_pop(port->device, KMIG_CONSOLE_RX, &port->chain) > 0) {
-        // Only what the device writes may be in its receive queue (5.3.6.2).
-        if (port->chain.nr_out) {
-            kmig_virtio_break(port->device);
-            break;
-        }
-        kmig_virtq_push(port->device, KMIG_CONSOLE_RX, &port->chain, fill(port));
-        nr++;
+    if (!kmig_virtio_console_held(port->console, KMIG_CONSOLE_RX) ||
+        kmig_virtq_pop(port->device, KMIG_CONSOLE_RX, &port->chain) <= 0)
+        return false;
+    // Only what the device writes may be in its receive queue (5.3.6.2).
+    if (port->chain.nr_out) {
+        kmig_virtio_break(port->device);
+        return false;
     }
-    if (nr)
-        kmig_virtq_notify(port->device, KMIG_CONSOLE_RX);
-    return nr == BATCH;
+    kmig_virtq_push(port->device, KMIG_CONSOLE_RX, &port->chain, fill(port));
+    return true;
 }
 
 // Move what is left of a request into the buffer, as far as there is room. How many bytes are still left.
@@ -244,12 +238,18 @@ static bool may_wait(struct port *port)
     return true;
 }
 
-// One request. False when it stays in the queue.
+// One request of output. False when there is none, or it stays in the queue.
 static bool transmit_one(struct port *port)
 {
+    if (kmig_virtq_pop(port->device, KMIG_CONSOLE_TX, &port->chain) <= 0)
+        return false;
+    // Only what the device reads may be in its transmit queue (5.3.6.2).
+    if (port->chain.nr_in) {
+        kmig_virtio_break(port->device);
+        return false;
+    }
     bool has_backend = port->console->wake_fd >= 0;
     uint64_t left = has_backend ? pass(port) : 0;
-
     if (left && may_wait(port)) {
         kmig_virtq_unpop(port->device, KMIG_CONSOLE_TX);
         return false;
@@ -262,23 +262,15 @@ static bool transmit_one(struct port *port)
 }
 
 // True when there may be more.
-static bool transmit(struct port *port)
+static bool serve_queue(struct port *port, uint32_t at)
 {
     uint32_t nr = 0;
 
     while (nr < BATCH && !kmig_virtio_wanted(port->device) &&
-           kmig_virtq_pop(port->device, KMIG_CONSOLE_TX, &port->chain) > 0) {
-        // Only what the device reads may be in its transmit queue (5.3.6.2).
-        if (port->chain.nr_in) {
-            kmig_virtio_break(port->device);
-            break;
-        }
-        if (!transmit_one(port))
-            break;
+           (at == KMIG_CONSOLE_RX ? receive_one(port) : transmit_one(port)))
         nr++;
-    }
     if (nr)
-        kmig_virtq_notify(port->device, KMIG_CONSOLE_TX);
+        kmig_virtq_notify(port->device, at);
     return nr == BATCH;
 }
 
@@ -303,8 +295,8 @@ static void serve_queues(struct port *port, uint32_t queues)
         look_at_timer(port);
     }
     while (more && !kmig_virtio_wanted(port->device)) {
-        more = transmit(port);
-        more |= receive(port);
+        more = serve_queue(port, KMIG_CONSOLE_TX);
+        more |= serve_queue(port, KMIG_CONSOLE_RX);
     }
 }
 

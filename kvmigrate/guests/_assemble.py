@@ -13,7 +13,7 @@ from pathlib import Path
 from setuptools.command.build_py import build_py
 
 SOURCES = Path("kvmigrate/guests")
-COMMON = ("boot", "traps", "output", "setup", "memory")
+COMMON = ("boot", "traps", "output", "setup", "memory", "heartbeat")
 GUESTS = {"idle": (), "ledger": ("pages", "registers"), "writer": ()}
 
 LINK = ("-m", "elf_x86_64", "-nostdlib", "--build-id=none", "--no-warn-rwx-segments", "--fatal-warnings")

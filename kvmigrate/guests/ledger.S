@@ -5,7 +5,6 @@
 #include "guest.h"
     .intel_syntax noprefix
 
-#define MAX_BACKLOG_MS  50              // work missed for longer than this is not made up for
 #define UPDATES_AT_ONCE 256             // with rate=0, between two looks at the clock
 #define MAX_TICK_GAP_MS 1000
 #define CHECK_STATE_EVERY 16            // heartbeats
@@ -94,14 +93,6 @@ update_and_check:
     call update_random_page
     jmp check_next_page
 
-// rax = when the next thing is due, rcx = now: no further back than MAX_BACKLOG_MS.
-limit_backlog:
-    imul rdx, [tsc_khz], MAX_BACKLOG_MS
-    sub rcx, rdx
-    cmp rax, rcx
-    cmovl rax, rcx
-    ret
-
 // The page that all vCPUs share: its counter never goes back.
 draw_ticket:
     mov eax, 1
@@ -128,29 +119,14 @@ check_next_page:
 1:  inc qword ptr [r14 + CPU_CURSOR]
     call check_page
     cmp qword ptr [r14 + CPU_INDEX], 0
-    jne 3f
-    mov rcx, [r14 + CPU_FILL_CURSOR]
-    cmp rcx, [fill_pages]
-    jb 2f
-    xor ecx, ecx
-    cmp rcx, [fill_pages]
-    je 3f
-2:  lea rax, [rcx + 1]
-    mov [r14 + CPU_FILL_CURSOR], rax
-    jmp check_fill_page
-3:  ret
+    je check_next_fill_page
+    ret
 
 // rax = now.
 heartbeat:
-    mov rcx, rax
-    mov rax, [tsc_khz]
-    mul qword ptr [param_beat]
-    add rax, [r14 + CPU_NEXT_BEAT]
-    call limit_backlog
-    mov [r14 + CPU_NEXT_BEAT], rax
+    call next_beat
     call check_registers
     call check_state_sometimes
-    inc rbp
     call print_heartbeat
     cmp qword ptr [r14 + CPU_INDEX], 0
     jne 3f
@@ -170,13 +146,7 @@ heartbeat:
 3:  ret
 
 print_heartbeat:
-    call line_begin
-    mov byte ptr [rdi], 'H'
-    inc rdi
-    mov rax, [r14 + CPU_INDEX]
-    call put_decimal
-    mov rax, rbp
-    call put_decimal
+    call begin_heartbeat
     mov rax, [r14 + CPU_CLOCK]
     mov ecx, 1000
     mul rcx

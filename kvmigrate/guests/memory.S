@@ -12,7 +12,7 @@
 #define KIND_HALF_ZERO  2
 
     .text
-    .globl place_pages, fill_memory, check_fill_page, fill_page_address, fill_step
+    .globl place_pages, fill_memory, check_fill_page, check_next_fill_page, fill_page_address, fill_step
 
 place_pages:
     mov rcx, [param_pages]
@@ -179,6 +179,19 @@ check_fill_page:
     mov rcx, rdi
     lea rsi, [text_fill]
     jmp fail
+
+// The filled pages in turn, one per call.
+check_next_fill_page:
+    mov rcx, [r14 + CPU_FILL_CURSOR]
+    cmp rcx, [fill_pages]
+    jb 1f
+    xor ecx, ecx
+    cmp rcx, [fill_pages]
+    je 2f
+1:  lea rax, [rcx + 1]
+    mov [r14 + CPU_FILL_CURSOR], rax
+    jmp check_fill_page
+2:  ret
 
     .data
 text_memory:

@@ -9,7 +9,6 @@
 #include "guest.h"
     .intel_syntax noprefix
 
-#define MAX_BACKLOG_MS  50              // work missed for longer than this is not made up for
 #define WAKES_PER_BEAT  2
 #define HOT_KEY         0x9e3779b97f4a7c15
 #define PASS_SHIFT      40              // above every address
@@ -23,25 +22,20 @@ guest_main:
     mov [param_pages], rax
     call place_pages
     call fill_memory
-    cmp qword ptr [param_beat], 0
-    jne 1f
-    mov qword ptr [param_beat], 1
-1:  mov eax, 1000 * WAKES_PER_BEAT
-    xor edx, edx
-    div qword ptr [param_beat]
-    mov [param_hz], rax
+    mov ecx, WAKES_PER_BEAT
+    call wake_by_beat
     mov rax, [param_hot]
     shl rax, 8
     mov [hot_pages], rax
     mov rbx, [param_speed]
     test rbx, rbx
-    jz 2f
+    jz 1f
     shl rbx, 8                          // pages per second
     imul rax, [tsc_khz], 1000
     xor edx, edx
     div rbx
     mov [cycles_per_page], rax
-2:  call start_timer
+1:  call start_timer
     xor ebp, ebp
     xor r12d, r12d
     xor r13d, r13d
@@ -69,43 +63,13 @@ main_loop:
     ud2
     jmp main_loop
 
-// rax = when the next thing is due, rcx = now: no further back than MAX_BACKLOG_MS.
-limit_backlog:
-    imul rdx, [tsc_khz], MAX_BACKLOG_MS
-    sub rcx, rdx
-    cmp rax, rcx
-    cmovl rax, rcx
-    ret
-
 // rax = now.
 heartbeat:
-    mov rcx, rax
-    mov rax, [tsc_khz]
-    mul qword ptr [param_beat]
-    add rax, [r14 + CPU_NEXT_BEAT]
-    call limit_backlog
-    mov [r14 + CPU_NEXT_BEAT], rax
-    inc rbp
-    call line_begin
-    mov byte ptr [rdi], 'H'
-    inc rdi
-    mov rax, [r14 + CPU_INDEX]
-    call put_decimal
-    mov rax, rbp
-    call put_decimal
-    call line_end
+    call next_beat
+    call send_heartbeat
     cmp rbp, [param_beats]
     je finish
-    mov rcx, [r14 + CPU_FILL_CURSOR]
-    cmp rcx, [fill_pages]
-    jb 1f
-    xor ecx, ecx
-    cmp rcx, [fill_pages]
-    je 2f
-1:  lea rax, [rcx + 1]
-    mov [r14 + CPU_FILL_CURSOR], rax
-    jmp check_fill_page
-2:  ret
+    jmp check_next_fill_page
 
 // rdi = address of hot page rcx.
 hot_page_address:

@@ -1,4 +1,4 @@
-"""A disk of 1 MiB with a driver in front of it."""
+"""What stands before the tests of devices: a disk of 1 MiB with its driver, guest memory, a console with its user."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from kvmigrate.devices.virtio.image import DiskImage, open_disk
 from kvmigrate.memory.region import GuestMemory
 
 from .driver import DATA_GPA, WRITE, Buffer, Driver, block_header
+from .port import Pipes, Port, console_at
+from .queues import MEMORY_BYTES
 
 DISK_BYTES = 1 << 20
 SMALL_BYTES = 256 << 10
@@ -84,6 +86,25 @@ def disk(new_disk: Callable[..., Disk]) -> Disk:
     made = new_disk()
     made.driver.start()
     return made
+
+
+@pytest.fixture
+def memory() -> Iterator[GuestMemory]:
+    with GuestMemory(MEMORY_BYTES) as memory:
+        yield memory
+
+
+@pytest.fixture
+def pipes() -> Iterator[Pipes]:
+    pipes = Pipes()
+    yield pipes
+    pipes.close()
+
+
+@pytest.fixture
+def port(memory: GuestMemory, pipes: Pipes) -> Iterator[Port]:
+    with console_at(memory, pipes) as port:
+        yield port
 
 
 class SmallMount:

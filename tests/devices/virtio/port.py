@@ -17,6 +17,7 @@ from kvmigrate.state.section import Value
 from .queues import WRITE, QueuesDriver
 
 PIPE_BYTES = 4096
+RX_BYTES, TX_BYTES = 4096, 65536
 
 
 class Pipes:
@@ -78,6 +79,10 @@ class Port(QueuesDriver):
         self.console = self.device = console
         console.resume()
         return state
+
+    def held(self, at: int) -> int:
+        """Bytes in one of the console's buffers."""
+        return len(self.console.own_state()["rx" if at == RX else "tx"])
 
     def send(self, *pieces: bytes) -> None:
         """One request of output in so many buffers."""

@@ -19,6 +19,7 @@ from kvmigrate.memory.region import GuestMemory
 
 NEXT, WRITE, INDIRECT = 1, 2, 4
 SIZE = 64
+RING_BYTES = 0x3000
 RX, TX, CTRL = range(3)
 NO_HEADER = bytes(12)
 MAC = bytes.fromhex("525400123456")
@@ -103,6 +104,13 @@ class QueuesDriver:
             self.set(reg.QUEUE_READY, 1)
         self.set(reg.STATUS, reg.ACKNOWLEDGE | reg.DRIVER | reg.FEATURES_OK | reg.DRIVER_OK)
         self.device.resume()
+
+    def set_up_anew(self) -> None:
+        """What a driver does that comes after a reset, with rings in which nothing is left."""
+        for ring in self.rings:
+            self.memory.write(ring.base, bytes(RING_BYTES))
+            ring.next_desc = ring.avail_idx = ring.used_seen = 0
+        self.set_up()
 
     def set(self, offset: int, value: int) -> None:
         self.device.write(offset, 4, value)

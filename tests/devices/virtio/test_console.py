@@ -6,7 +6,6 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,46 +16,21 @@ from kvmigrate.devices.virtio.console import RX, TX, Console
 from kvmigrate.errors import BadField
 from kvmigrate.memory.region import GuestMemory
 
-from .port import PIPE_BYTES, Pipes, Port, console_at
-from .queues import MEMORY_BYTES, clean, is_dirty, wait_for
+from .port import PIPE_BYTES, RX_BYTES, TX_BYTES, Pipes, Port, console_at
+from .queues import clean, is_dirty, wait_for
 
-RX_BYTES, TX_BYTES = 4096, 65536
 NR_HOPS = 30
-
-
-@pytest.fixture
-def memory() -> Iterator[GuestMemory]:
-    with GuestMemory(MEMORY_BYTES) as memory:
-        yield memory
-
-
-@pytest.fixture
-def pipes() -> Iterator[Pipes]:
-    pipes = Pipes()
-    yield pipes
-    pipes.close()
-
-
-@pytest.fixture
-def port(memory: GuestMemory, pipes: Pipes) -> Iterator[Port]:
-    with console_at(memory, pipes) as port:
-        yield port
 
 
 def noise(size: int, seed: int = 1) -> bytes:
     return random.Random(seed).randbytes(size)
 
 
-def held(port: Port, at: int) -> int:
-    """Bytes in one of the buffers."""
-    return len(port.console.own_state()["rx" if at == RX else "tx"])
-
-
 def stuck(port: Port, pipes: Pipes) -> bytes:
     """Send until nothing more goes; what was sent, of which the last request waits for room."""
     data = noise(TX_BYTES + PIPE_BYTES + 5000)
     port.send(data[:70000], data[70000:])
-    wait_for(lambda: (held(port, TX), pipes.nr_waiting()) == (TX_BYTES, PIPE_BYTES), "there is no room left")
+    wait_for(lambda: (port.held(TX), pipes.nr_waiting()) == (TX_BYTES, PIPE_BYTES), "there is no room left")
     return data
 
 
@@ -85,7 +59,7 @@ def test_input_lies_in_the_first_buffer_and_is_marked_dirty(port: Port, pipes: P
 def test_input_waits_for_buffers_and_then_fills_them_in_turn(port: Port, pipes: Pipes) -> None:
     data = noise(3000)
     pipes.type(data)
-    wait_for(lambda: held(port, RX) == 3000, "the input is taken")
+    wait_for(lambda: port.held(RX) == 3000, "the input is taken")
     places = port.offer(1000, 1, 1500, 2000)
     used = port.rings[RX].wait_used(4)
     assert [written for _, written in used] == [1000, 1, 1500, 499]
@@ -96,7 +70,7 @@ def test_input_waits_for_buffers_and_then_fills_them_in_turn(port: Port, pipes: 
 def test_a_guest_that_reads_nothing_holds_the_typist_up(port: Port, pipes: Pipes) -> None:
     data = noise(4 * RX_BYTES)
     typed = pipes.type(data)
-    wait_for(lambda: held(port, RX) == RX_BYTES, "its buffer is full")
+    wait_for(lambda: port.held(RX) == RX_BYTES, "its buffer is full")
     typed += pipes.type(data[typed:])
     time.sleep(0.1)
     assert pipes.type(data[typed:]) == 0 and typed == RX_BYTES + PIPE_BYTES
@@ -159,7 +133,7 @@ def test_a_paused_console_takes_no_input(port: Port, pipes: Pipes) -> None:
     port.console.pause()
     pipes.type(b"later")
     time.sleep(0.1)
-    assert held(port, RX) == 0 and not port.rings[RX].nr_used()
+    assert port.held(RX) == 0 and not port.rings[RX].nr_used()
     port.console.resume()
     assert port.rings[RX].wait_used() == [(0, 5)]
 
@@ -212,7 +186,7 @@ def test_traffic_in_both_directions_goes_on_over_moves_once_and_in_order(port: P
 
 def test_what_waits_for_the_backend_is_saved_with_what_waits_for_the_guest(port: Port, pipes: Pipes) -> None:
     pipes.type(b"typed")
-    wait_for(lambda: held(port, RX) == 5, "the input is taken")
+    wait_for(lambda: port.held(RX) == 5, "the input is taken")
     sent = stuck(port, pipes)
     port.console.pause()
     state = port.console.save()
@@ -253,18 +227,14 @@ def test_a_state_without_a_field_is_refused(port: Port, key: str) -> None:
 def test_a_reset_forgets_the_request_but_not_what_was_sent_or_typed(port: Port, pipes: Pipes) -> None:
     sent = stuck(port, pipes)
     pipes.type(b"typed")
-    wait_for(lambda: held(port, RX) == 5, "the input is taken")
+    wait_for(lambda: port.held(RX) == 5, "the input is taken")
     port.set(reg.STATUS, 0)
     assert port.console.own_state()["passed"] == 0
     assert pipes.show_all(PIPE_BYTES + TX_BYTES) == sent[: PIPE_BYTES + TX_BYTES]
-    again = Port(port.memory, port.console)
-    for ring in again.rings:
-        port.memory.write(ring.avail, bytes(4))
-        port.memory.write(ring.used, bytes(4))
-    again.set_up()
-    [at] = again.offer(100)
-    assert again.rings[RX].wait_used() == [(0, 5)] and port.memory.read(at, 5) == b"typed"
-    again.send(b"new")
+    port.set_up_anew()
+    [at] = port.offer(100)
+    assert port.rings[RX].wait_used() == [(0, 5)] and port.memory.read(at, 5) == b"typed"
+    port.send(b"new")
     assert pipes.show_all(3) == b"new"
 
 
@@ -279,7 +249,7 @@ def test_a_console_that_leads_nowhere_takes_all_output_and_keeps_none(memory: Gu
         assert state["tx"] == b"" and port.console.statistics() == {"dropped": 0}
         port.console.load(state | {"tx": b"for where it came from"})
         port.console.resume()
-        assert held(port, TX) == 0
+        assert port.held(TX) == 0
     finally:
         port.console.close()
 

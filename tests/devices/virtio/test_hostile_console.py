@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
 
 import pytest
 
 from kvmigrate.devices.virtio import registers as reg
 from kvmigrate.devices.virtio.console import RX, TX
-from kvmigrate.memory.region import GuestMemory
 
-from .port import PIPE_BYTES, Pipes, Port, console_at
+from .port import PIPE_BYTES, TX_BYTES, Pipes, Port
 from .queues import BUFFERS, INDIRECT, MEMORY_BYTES, NEXT, WRITE, wait_for
 
-TX_BYTES = 65536
 AT = BUFFERS + 0x10000
 Chain = list[tuple[int, int, int]]
 NO_TX: dict[str, Chain] = {
@@ -36,19 +33,6 @@ NO_RX: dict[str, Chain] = {
 }
 
 
-@pytest.fixture
-def pipes() -> Iterator[Pipes]:
-    pipes = Pipes()
-    yield pipes
-    pipes.close()
-
-
-@pytest.fixture
-def port(pipes: Pipes) -> Iterator[Port]:
-    with GuestMemory(MEMORY_BYTES) as memory, console_at(memory, pipes) as port:
-        yield port
-
-
 def require_broken_then_reset(port: Port, pipes: Pipes) -> None:
     wait_for(port.broken, "the device is broken")
     assert port.get(reg.INTERRUPT_STATUS) & 2
@@ -57,19 +41,15 @@ def require_broken_then_reset(port: Port, pipes: Pipes) -> None:
     pipes.type(b"one ")
     port.set(reg.STATUS, 0)
     assert not port.broken()
-    again = Port(port.memory, port.console)
-    for ring in again.rings:
-        port.memory.write(ring.avail, bytes(4))
-        port.memory.write(ring.used, bytes(4))
-    again.set_up()
+    port.set_up_anew()
     pipes.type(b"two")
     received = b""
     while len(received) < 7:
-        [at] = again.offer(100)
-        [(_, written)] = again.rings[RX].wait_used()
+        [at] = port.offer(100)
+        [(_, written)] = port.rings[RX].wait_used()
         received += port.memory.read(at, written)
     assert received.endswith(b"one two")
-    again.send(b"alive")
+    port.send(b"alive")
     assert pipes.show_all(5) == b"alive"
 
 
@@ -113,7 +93,7 @@ def test_an_available_index_that_jumps_breaks_the_device(port: Port, pipes: Pipe
 @pytest.mark.parametrize("size", [1, 70_000, 200_000])
 def test_a_request_that_changes_half_done_hurts_only_its_output(port: Port, pipes: Pipes, size: int) -> None:
     port.send(bytes(TX_BYTES + PIPE_BYTES + 5000))
-    wait_for(lambda: len(port.console.own_state()["tx"]) == TX_BYTES, "the buffer is full")
+    wait_for(lambda: port.held(TX) == TX_BYTES, "the buffer is full")
     port.rings[TX].describe(0, AT, size, 0, 0)
     wait_for(lambda: not pipes.show() and port.rings[TX].nr_used() == 1, "the request comes to its end")
     port.send(b"alive")

@@ -35,12 +35,6 @@ RARP = b"\xff" * 6 + MAC + bytes.fromhex("8035 0001 0800 06 04 0003") + MAC + by
 
 
 @pytest.fixture
-def memory() -> Iterator[GuestMemory]:
-    with GuestMemory(MEMORY_BYTES) as memory:
-        yield memory
-
-
-@pytest.fixture
 def tap() -> Iterator[tuple[socket.socket, socket.socket]]:
     ours, theirs = packets()
     with ours, theirs:
@@ -285,10 +279,7 @@ def test_a_driver_that_breaks_the_rules_breaks_its_own_device_only(
     assert driver.get(reg.INTERRUPT_STATUS) & 2
     # A reset mends it, and the packet is still there for the driver that comes then.
     driver.set(reg.STATUS, 0)
-    for ring in driver.rings:
-        driver.memory.write(ring.base, bytes(0x3000))
-        ring.next_desc = ring.avail_idx = ring.used_seen = 0
-    driver.set_up()
+    driver.set_up_anew()
     driver.offer(1)
     assert driver.rings[RX].wait_used() == [(0, 76)]
 

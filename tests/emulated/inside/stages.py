@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from kvmigrate.control.client import Client
 from tests.emulated.guest import INITRD, KERNEL
@@ -47,6 +49,19 @@ def wait_for_pages(client: Client) -> None:
     assert job["status"] == "active", job
 
 
+@contextmanager
+def slow_move(world: World, guest: Process) -> Iterator[tuple[Client, Process]]:
+    """Start to move ``guest``, so slowly that its memory is under way when the block begins: the client that knows of
+    the migration, and the destination."""
+    address = world.tcp()
+    destination = world.receive(address)
+    with guest.client() as client:
+        client.execute("migrate-set-parameters", SLOW)
+        client.execute("migrate", {"uri": address})
+        wait_for_pages(client)
+        yield client, destination
+
+
 def test_a_guest_that_boots_is_moved_early_and_between_its_processors(world: World) -> None:
     options = ["--initrd", INITRD, "--memory", f"{MEMORY_MIB}M", "--cpus", str(CPUS), "--append", LOUD]
     guest = world.start("run", "vm0", KERNEL, *options)
@@ -65,12 +80,7 @@ def test_a_guest_that_boots_is_moved_early_and_between_its_processors(world: Wor
 
 def test_a_guest_that_switches_itself_off_while_it_moves_is_off_at_both_ends(world: World) -> None:
     guest = boot(world, 2)
-    address = world.tcp()
-    destination = world.receive(address)
-    with guest.client() as client:
-        client.execute("migrate-set-parameters", SLOW)
-        client.execute("migrate", {"uri": address})
-        wait_for_pages(client)
+    with slow_move(world, guest) as (_, destination):
         guest.log.send("poweroff -f\n")
     assert guest.wait_end() == POWERED_OFF, guest.stderr
     assert destination.wait_end() != POWERED_OFF
@@ -79,12 +89,7 @@ def test_a_guest_that_switches_itself_off_while_it_moves_is_off_at_both_ends(wor
 
 def test_a_guest_that_reboots_while_it_moves_comes_up_once(world: World) -> None:
     guest = boot(world, 2)
-    address = world.tcp()
-    moved = world.receive(address)
-    with guest.client() as client:
-        client.execute("migrate-set-parameters", SLOW)
-        client.execute("migrate", {"uri": address})
-        wait_for_pages(client)
+    with slow_move(world, guest) as (client, moved):
         guest.log.send("reboot -f\n")
         assert wait_job(client, BOOT_S)["status"] == "completed"
     wait_for(world, "READY", 2)
