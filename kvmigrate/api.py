@@ -5,13 +5,13 @@ The command line adds names, a control socket and a terminal to these; a program
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Self
 
-from .config import Address, ClockPolicy, DiskConfig, MigrationParameters, NetConfig, SnapshotParameters
+from .config import Address, ClockPolicy, DiskConfig, HostSide, MigrationParameters, NetConfig, SnapshotParameters
 from .control.runtime import open_runtime_dir
 from .machine.machine import Machine
 from .machine.rehearsal import rehearse
@@ -25,7 +25,6 @@ from .migration.status import MigrationResult
 from .snapshot.load import restore as load_snapshot
 from .snapshot.save import SnapshotResult, take
 from .state.fidelity import Fidelity
-from .state.section import Value
 
 
 def send(
@@ -98,26 +97,19 @@ def receive(
 
     Raises the reason when the guest did not arrive: then it still is at its source and nothing of it is here.
     """
-    built: list[Machine] = []
+    here = HostSide(name or "", serial, tuple(disks), tuple(nets), console, reboot)
     rehearse()
-
-    def build(description: Mapping[str, Value]) -> Machine:
-        machine = Machine.build(
-            description, name=name, serial=serial, disks=disks, nets=nets, console=console, reboot=reboot
-        )
-        built.append(machine)
-        return built[0]
-
     destination = Destination(
         Listener(Address.parse(address)),
-        build,
-        partial(TrialMachine.examine, disks=disks, nets=nets, console=console),
+        partial(Machine.build, here=here),
+        partial(TrialMachine.examine, here=here),
         journal_dir or open_runtime_dir(),
         name or "received",
         autostart=not paused,
     )
     arrived = destination.run()
-    return Received(built[0], arrived.fidelity, destination)
+    assert isinstance(arrived.machine, Machine)
+    return Received(arrived.machine, arrived.fidelity, destination)
 
 
 def take_snapshot(machine: Machine, directory: Path, parameters: SnapshotParameters | None = None) -> SnapshotResult:
@@ -152,23 +144,8 @@ def restore(
 
     Raises :class:`SnapshotError` or :class:`RestoreRefused`, naming what is wrong where.
     """
-    built: list[Machine] = []
-
-    def build(description: Mapping[str, Value]) -> Machine:
-        machine = Machine.build(
-            description,
-            name=name,
-            serial=serial,
-            disks=disks,
-            nets=nets,
-            console=console,
-            clone=clone,
-            clock=clock,
-            reboot=reboot,
-        )
-        built.append(machine)
-        return built[0]
-
-    loaded = load_snapshot(directory, build)
-    built[0].new_generation()
-    return Restored(built[0], loaded.fidelity)
+    here = HostSide(name or "", serial, tuple(disks), tuple(nets), console, reboot)
+    loaded = load_snapshot(directory, partial(Machine.build, here=here, clone=clone, clock=clock))
+    assert isinstance(loaded.machine, Machine)
+    loaded.machine.new_generation()
+    return Restored(loaded.machine, loaded.fidelity)

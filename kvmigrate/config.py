@@ -213,10 +213,31 @@ class DiskConfig:
         return cls(name, Path(bare), bare != path)
 
 
-def require_own_terminal(serial: str, console: str | None) -> None:
-    """Raise :class:`ConfigError` when both would read the same keys."""
+def _require_own_terminal(serial: str, console: str | None) -> None:
     if serial == console == "stdio":
         raise ConfigError("--serial and --console cannot both be stdio: add --serial null, or give one another place")
+
+
+@dataclass(frozen=True, slots=True)
+class HostSide:
+    """What a guest that is defined elsewhere, by a stream or a snapshot, is called and has on this host. Raises
+    :class:`ConfigError` when built wrong."""
+
+    name: str = ""
+    """Empty: the name that it comes with."""
+    serial: str = "null"
+    """Where COM1 leads: ``stdio``, ``pty``, ``null``, ``file:PATH`` or ``unix:PATH``."""
+    disks: tuple[DiskConfig, ...] = ()
+    """The images of those of its disks that are elsewhere here; the others are at the paths that it comes with."""
+    nets: tuple[NetConfig, ...] = ()
+    """The taps, or addresses, of those of its networks that have others here."""
+    console: str | None = None
+    """Where its virtio console leads, as ``serial``; None: nowhere, or it has none."""
+    reboot: bool = True
+    """As of :class:`MachineConfig`."""
+
+    def __post_init__(self) -> None:
+        _require_own_terminal(self.serial, self.console)
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,7 +259,7 @@ class MachineConfig:
     """Whether a guest that asks for a reset starts anew; else it ends with exit status 10."""
 
     def __post_init__(self) -> None:
-        require_own_terminal(self.serial, self.console)
+        _require_own_terminal(self.serial, self.console)
         for kind, parts in (("disks", self.disks), ("networks", self.nets)):
             names = [part.name for part in parts]
             if len(set(names)) != len(names):

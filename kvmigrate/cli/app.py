@@ -105,8 +105,8 @@ def run(
     """
     from . import machines
 
-    parts = disk or [], net or [], console
-    return machines.run(image, name, memory, cpus, cpu, initrd, append, boot, serial, paused, no_reboot, *parts)
+    here = machines.host_side(name, serial, disk, net, console, no_reboot=no_reboot)
+    return machines.run(image, here, memory, cpus, cpu, initrd, append, boot, paused=paused)
 
 
 @app.command()
@@ -124,7 +124,8 @@ def receive(
     """Wait at ADDRESS for one guest and take it over. Stays in the foreground, as run does."""
     from . import machines
 
-    return machines.receive(address, name, serial, paused, no_reboot, verbose, disk or [], net or [], console)
+    here = machines.host_side(name, serial, disk, net, console, no_reboot=no_reboot)
+    return machines.receive(address, here, paused=paused, verbose=verbose)
 
 
 @app.command()
@@ -145,18 +146,8 @@ def send(
     """Move the guest NAME to ADDRESS. There, kvmigrate receive waits for it."""
     from . import transfer
 
-    return transfer.send(
-        name,
-        address,
-        downtime_limit,
-        bandwidth,
-        max_rounds,
-        timeout,
-        compress,
-        delta_cache,
-        as_json=json,
-        verbose=verbose,
-    )
+    limits = downtime_limit, bandwidth, max_rounds, timeout, compress, delta_cache
+    return transfer.send(name, address, *limits, as_json=json, verbose=verbose)
 
 
 @app.command()
@@ -211,8 +202,8 @@ def restore(
     """Run the guest that was saved in DIR. Stays in the foreground, as run does."""
     from . import machines
 
-    parts = disk or [], net or [], console
-    return machines.restore(directory, name, serial, clone, clock, paused, no_reboot, verbose, *parts)
+    here = machines.host_side(name, serial, disk, net, console, no_reboot=no_reboot)
+    return machines.restore(directory, here, clone=clone, clock=clock, paused=paused, verbose=verbose)
 
 
 @app.command("list")

@@ -60,18 +60,23 @@ def send(
 
 def _parameters(parameters: MigrationParameters) -> dict[str, Any]:
     return {
-        "downtime-limit": max(round(parameters.downtime_limit_ms), 1),
+        "downtime-limit": _whole_ms(parameters.downtime_limit_ms),
         "max-bandwidth": parameters.bandwidth_bytes_s,
         "x-kvmigrate-max-rounds": parameters.max_rounds,
         "x-kvmigrate-compression": str(parameters.compression),
         "x-kvmigrate-delta-cache": parameters.delta_cache_bytes,
-        "x-kvmigrate-timeout": max(round(parameters.timeout_ms), 1),
+        "x-kvmigrate-timeout": _whole_ms(parameters.timeout_ms),
     }
+
+
+def _whole_ms(ms: float) -> int:
+    """As QMP has it."""
+    return max(round(ms), 1)
 
 
 def check(name: str, address: str, timeout: str, *, as_json: bool, verbose: bool) -> int:
     """Have ``address`` try the state of ``name``. Returns the exit status: 1 when the guest could not go on there."""
-    target, timeout_ms = parse_address(address), max(round(parse_duration_ms(timeout)), 1)
+    target, timeout_ms = parse_address(address), _whole_ms(parse_duration_ms(timeout))
     with Client.of(name) as vm:
         vm.execute("migrate-set-parameters", {"x-kvmigrate-timeout": timeout_ms})
         job = _watch(vm, f"checking {name}", "x-kvmigrate-check", {"uri": str(target)})

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from types import FrameType
 
-from ..config import Address, ClockPolicy, DiskConfig, MachineConfig, NetConfig
+from ..config import Address, ClockPolicy, HostSide, MachineConfig
 from ..errors import ControlError
 from ..machine.machine import Machine
 from ..machine.rehearsal import rehearse
@@ -49,38 +49,20 @@ def _let_go(machine: Machine, *, paused: bool) -> None:
 
 def run_restored(
     directory: Path,
-    name: str,
-    serial: str,
-    disks: Sequence[DiskConfig] = (),
-    nets: Sequence[NetConfig] = (),
-    console: str | None = None,
+    here: HostSide,
     *,
     paused: bool = False,
     show: ShowFidelity | None = None,
     clone: bool = False,
     clock: ClockPolicy = ClockPolicy.CONTINUE,
-    reboot: bool = True,
 ) -> int:
     """Restore the snapshot ``directory`` and stay until the guest ends; it stays paused if it was, or if so wanted.
 
     A ``clone`` is another guest than the saved one, so there may be any number of them; else the snapshot is held."""
     from ..snapshot.load import restore
 
-    def build(value: Mapping[str, Value]) -> Machine:
-        return Machine.build(
-            value,
-            name=name,
-            serial=serial,
-            disks=disks,
-            nets=nets,
-            console=console,
-            clone=clone,
-            clock=clock,
-            reboot=reboot,
-        )
-
-    with _session(name, held=None if clone else directory) as session:
-        restored = restore(directory, build)
+    with _session(here.name, held=None if clone else directory) as session:
+        restored = restore(directory, partial(Machine.build, here=here, clone=clone, clock=clock))
         machine = restored.machine
         assert isinstance(machine, Machine)
         session.adopt(machine)
@@ -99,37 +81,22 @@ def _restart(machine: Machine, *, paused: bool) -> None:
         machine.resume()
 
 
-def run_incoming(
-    address: Address,
-    name: str,
-    serial: str,
-    disks: Sequence[DiskConfig] = (),
-    nets: Sequence[NetConfig] = (),
-    console: str | None = None,
-    *,
-    paused: bool = False,
-    show: ShowFidelity | None = None,
-    reboot: bool = True,
-) -> int:
+def run_incoming(address: Address, here: HostSide, *, paused: bool = False, show: ShowFidelity | None = None) -> int:
     """Wait at ``address`` for one guest, take it over and stay until it ends."""
-    with _session(name) as session:
+    with _session(here.name) as session:
         listener = Listener(address)
 
         def build(value: Mapping[str, Value]) -> Machine:
-            machine = Machine.build(
-                value, name=name, serial=serial, disks=disks, nets=nets, console=console, reboot=reboot
-            )
+            machine = Machine.build(value, here)
             session.adopt(machine)
-            # Its threads are there before the source pauses: they would cost time in the blackout.
-            machine.start()
             return machine
 
-        examine = partial(TrialMachine.examine, disks=disks, nets=nets, console=console)
+        examine = partial(TrialMachine.examine, here=here)
         # Before a source comes: it would wait for it.
         rehearse()
         if show is not None:
             session.on_arrival = show
-        print(f"kvmigrate: {name} waits for a guest at {listener.address}", file=sys.stderr, flush=True)
+        print(f"kvmigrate: {here.name} waits for a guest at {listener.address}", file=sys.stderr, flush=True)
         return _live(session, lambda live: live.receive(listener, build, examine, paused=paused))
 
 

@@ -265,12 +265,6 @@ int kmig_stream_send_some(struct kmig_memory *memory, struct kmig_round *round, 
     return rc;
 }
 
-int kmig_stream_send_round(struct kmig_memory *memory, struct kmig_round *round, int fd, uint32_t *sequence)
-{
-    kmig_round_begin(memory, round);
-    return kmig_stream_send_some(memory, round, fd, sequence, UINT64_MAX, UINT64_MAX);
-}
-
 static int recv_header(struct kmig_incoming *in, const struct link *link)
 {
     struct frame_header header;

@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import xxhash
+
 from ..config import BOOT_METHODS, MAX_CMDLINE_BYTES, MAX_MEMORY_BYTES, BootConfig
 from ..errors import BadField, ConfigError
-from ..memory.hash import hash_bytes
 from ..state.section import Fields, Value
 
 if TYPE_CHECKING:
@@ -33,7 +34,8 @@ class BootSource:
         """Of a guest that starts here and now."""
         initrd = config.initrd.absolute() if config.initrd else None
         absolute = replace(config, image=config.image.absolute(), initrd=initrd)
-        return cls(absolute, hash_bytes(files.image.data), hash_bytes(files.initrd.data) if files.initrd else 0)
+        initrd_hash = xxhash.xxh3_64_intdigest(files.initrd.data) if files.initrd else 0
+        return cls(absolute, xxhash.xxh3_64_intdigest(files.image.data), initrd_hash)
 
     def read(self, memory_bytes: int) -> BootFiles:
         """The files, for a guest with ``memory_bytes`` of RAM. Raises :class:`ConfigError`, naming the one that is
@@ -91,5 +93,5 @@ def _path(fields: Fields, key: str) -> Path | None:
 
 
 def _require_same(file: Image, wanted: int) -> None:
-    if hash_bytes(file.data) != wanted:
+    if xxhash.xxh3_64_intdigest(file.data) != wanted:
         raise file.error("this is not the file any more that it was booted from")

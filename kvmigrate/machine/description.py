@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from ..config import MAX_CPUS, MAX_MEMORY_BYTES, MIN_MEMORY_BYTES, DiskConfig, MachineConfig, NetConfig
+from ..config import MAX_CPUS, MAX_MEMORY_BYTES, MIN_MEMORY_BYTES, HostSide, MachineConfig
 from ..errors import BadField, ConfigError, RestoreRefused
 from ..memory.layout import slots_for
 from ..state.section import Fields, Value
@@ -46,24 +46,15 @@ class Description:
         """With what is known only once the machine exists: of CPUID what the kernel made of it."""
         return replace(self, devices=dict(devices), tsc_khz=tsc_khz, cpuid=cpuid)
 
-    def renamed(self, name: str) -> Description:
-        return replace(self, name=name)
-
     def cloned(self) -> Description:
         """As another guest, with a uuid and network addresses of its own: nobody takes it for the saved one."""
         return replace(self, uuid=str(uuid.uuid4()), virtio=with_new_macs(self.virtio))
 
-    def with_disks(self, disks: Iterable[DiskConfig]) -> Description:
-        """With other images behind disks that the guest has. Raises :class:`ConfigError`."""
-        return replace(self, virtio=with_disks(self.virtio, disks))
-
-    def with_nets(self, nets: Iterable[NetConfig]) -> Description:
-        """With other taps, or addresses, for networks that the guest has. Raises :class:`ConfigError`."""
-        return replace(self, virtio=with_nets(self.virtio, nets))
-
-    def with_console(self, console: str | None) -> Description:
-        """With the console of the guest, if it has one, before this back-end. Raises :class:`ConfigError`."""
-        return replace(self, virtio=with_console(self.virtio, console))
+    def on(self, here: HostSide) -> Description:
+        """With the name, and behind its devices the images, taps and console, that it has on this host. Raises
+        :class:`ConfigError` for a device that the guest does not have."""
+        virtio = with_console(with_nets(with_disks(self.virtio, here.disks), here.nets), here.console)
+        return replace(self, name=here.name or self.name, virtio=virtio)
 
     def require_devices(self, mine: Mapping[str, int]) -> None:
         """Raise :class:`RestoreRefused` unless this host's machine has exactly these devices, at least as new."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import base64
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from ..config import ClockPolicy, DiskConfig, MachineConfig, NetConfig, require_own_terminal
+from ..config import ClockPolicy, HostSide, MachineConfig
 from ..contract import RunState
 from ..devices.end import CRASH, RESET, GuestEnd
 from ..devices.power import NEW_GENERATION, POWER_BUTTON
@@ -103,34 +103,24 @@ class Machine:
     def build(
         cls,
         value: Mapping[str, Value],
+        here: HostSide,
         *,
-        name: str | None = None,
-        serial: str = "null",
-        disks: Iterable[DiskConfig] = (),
-        nets: Iterable[NetConfig] = (),
-        console: str | None = None,
         log_mode: LogMode | None = None,
         clone: bool = False,
         clock: ClockPolicy = ClockPolicy.CONTINUE,
-        reboot: bool = True,
     ) -> Machine:
         """The empty machine that :meth:`describe` described elsewhere, in INMIGRATE: load its state, then resume.
 
-        ``name`` replaces the described one, each of ``disks`` and ``nets`` the image or tap of the part of its name,
-        and ``console`` is the back-end of the guest's console, which leads nowhere without one, as ``serial`` does; a
-        ``clone`` is another guest than the described one; ``clock`` is what its clocks will make of the time since the
-        save; ``reboot`` is as of :class:`MachineConfig`. Raises :class:`BadField` for a description that cannot be,
-        :class:`RestoreRefused` when this host lacks a CPU feature that the guest knows of, :class:`ConfigError` or
-        :class:`HostError` for a part that cannot be had.
+        ``here`` is what it is called and has on this host; a ``clone`` is another guest than the described one;
+        ``clock`` is what its clocks will make of the time since the save. Raises :class:`BadField` for a description
+        that cannot be, :class:`RestoreRefused` when this host lacks a CPU feature that the guest knows of,
+        :class:`ConfigError` or :class:`HostError` for a part that cannot be had.
         """
         description = Description.from_value(value)
         if clone:
             description = description.cloned()
-        require_own_terminal(serial, console)
-        description = description.with_disks(disks).with_nets(nets).with_console(console)
-        if name is not None:
-            description = description.renamed(name)
-        machine = cls(description, serial, RunState.INMIGRATE, log_mode, reboot=reboot)
+        description = description.on(here)
+        machine = cls(description, here.serial, RunState.INMIGRATE, log_mode, reboot=here.reboot)
         machine._clock = clock
         try:
             machine.platform.compare_cpuid().require()

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ..config import DiskConfig, NetConfig
+from ..config import DiskConfig, HostSide
 from ..devices.tap import tap_problem
 from ..devices.virtio.image import SECTOR_BYTES, DiskImage, open_disk
 from ..errors import ConfigError, HostError
@@ -40,21 +40,12 @@ class TrialMachine:
             self._platform = self._build(description)
 
     @classmethod
-    def examine(
-        cls,
-        value: Mapping[str, Value],
-        *,
-        parts: bool,
-        disks: Iterable[DiskConfig] = (),
-        nets: Iterable[NetConfig] = (),
-        console: str | None = None,
-    ) -> TrialMachine:
+    def examine(cls, value: Mapping[str, Value], here: HostSide, *, parts: bool) -> TrialMachine:
         """A trial of the machine that :meth:`Machine.build` would make of the same. Raises :class:`BadField`, and
-        :class:`ConfigError` for ``disks``, ``nets`` and a ``console`` that the guest does not have or memory that no
-        host here has."""
-        description = Description.from_value(value).with_disks(disks).with_nets(nets).with_console(console)
+        :class:`ConfigError` for a device ``here`` that the guest does not have or memory that no host here has."""
+        description = Description.from_value(value).on(here)
         # Whatever listens at the other end of a console, as of the serial port, is not bothered by a trial.
-        return cls(description.with_console(None), parts=parts)
+        return cls(description.on(HostSide()), parts=parts)
 
     def _build(self, description: Description) -> Platform:
         backings = Backings(_stand_in_disk, _stand_in_tap)

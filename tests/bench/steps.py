@@ -12,6 +12,7 @@ from typing import Any
 
 from kvmigrate._core import ffi, lib
 from kvmigrate.memory.region import GuestMemory
+from tests.memory.tools import stream_round
 
 from . import limits
 from .goals import Group
@@ -80,7 +81,7 @@ def _discarded(memory: GuestMemory, work: Any) -> Sample:
 
 def _send_round(memory: GuestMemory) -> Sample:
     def work(fd: int) -> None:
-        lib.kmig_stream_send_round(memory.handle, first_round(), fd, ffi.new("uint32_t *"))
+        stream_round(memory.handle, first_round(), fd, ffi.new("uint32_t *"))
 
     return _discarded(memory, work)
 

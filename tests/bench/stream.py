@@ -17,6 +17,7 @@ from typing import Any, cast
 
 from kvmigrate._core import ffi, lib
 from kvmigrate.memory.region import GuestMemory
+from tests.memory.tools import stream_round
 
 BLOCK_BYTES = 16 << 20
 PAGE_BYTES = 4096
@@ -44,7 +45,7 @@ def send(size_bytes: int, port: int, barrier: Barrier, results: Any) -> None:
         barrier.wait()
         with socket.create_connection(("127.0.0.1", port)) as sock:
             began, cpu = time.monotonic(), time.process_time()
-            rc = lib.kmig_stream_send_round(memory.handle, first_round(), sock.fileno(), ffi.new("uint32_t *"))
+            rc = stream_round(memory.handle, first_round(), sock.fileno(), ffi.new("uint32_t *"))
             used = time.process_time() - cpu
             results.put({"began": began, "source_cpu_s": used, "sent": memory.digest, "rc": rc})
 

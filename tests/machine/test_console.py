@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from kvmigrate.config import BootConfig, DiskConfig, MachineConfig, NetConfig
+from kvmigrate.config import BootConfig, DiskConfig, HostSide, MachineConfig, NetConfig
 from kvmigrate.contract import RunState
 from kvmigrate.devices.virtio.console import TX, Console
 from kvmigrate.errors import BadField, ConfigError
@@ -51,14 +51,14 @@ def test_where_it_leads_does_not_travel() -> None:
 
 def test_a_destination_says_where_it_leads_or_it_leads_nowhere() -> None:
     guest = described(RNG, IN_THE_DESCRIPTION, BALLOON)
-    assert [spec.backend for spec in guest.with_console("pty").virtio] == ["null", "pty", "null"]
-    assert guest.with_console(None) == guest
+    assert [spec.backend for spec in guest.on(HostSide(console="pty")).virtio] == ["null", "pty", "null"]
+    assert guest.on(HostSide()) == guest
 
 
 def test_a_console_that_the_guest_does_not_have_is_refused() -> None:
     with pytest.raises(ConfigError, match="the guest has no console"):
-        described(RNG, BALLOON).with_console("pty")
-    assert described(RNG, BALLOON).with_console(None).virtio == described(RNG, BALLOON).virtio
+        described(RNG, BALLOON).on(HostSide(console="pty"))
+    assert described(RNG, BALLOON).on(HostSide()).virtio == described(RNG, BALLOON).virtio
 
 
 @pytest.mark.parametrize(("kind", "name"), [("console", "console1"), ("rng", "console0"), ("console", "rng0")])
@@ -70,7 +70,10 @@ def test_a_console_of_another_name_is_refused(kind: str, name: str) -> None:
 def test_serial_port_and_console_do_not_share_a_terminal() -> None:
     with pytest.raises(ConfigError, match="cannot both be stdio"):
         MachineConfig("vm", console="stdio")
+    with pytest.raises(ConfigError, match="cannot both be stdio"):
+        HostSide(serial="stdio", console="stdio")
     MachineConfig("vm", serial="null", console="stdio")
+    HostSide(console="stdio")
 
 
 def test_a_word_that_is_no_backend_is_refused_by_what_it_was_for(tmp_path: Path) -> None:
@@ -117,7 +120,7 @@ def test_a_console_goes_on_where_the_destination_says(tmp_path: Path) -> None:
         wait_for(lambda: here.read_bytes() == b"before ", "it is written")
         source.pause(RunState.FINISH_MIGRATE)
         say(driver, b"during")
-        with closing(Machine.build(source.describe(), name="other", console=f"file:{there}")) as target:
+        with closing(Machine.build(source.describe(), HostSide("other", console=f"file:{there}"))) as target:
             target.memory.write(RINGS, source.memory.read(RINGS, TEXT + 4096 - RINGS))
             target.load(source.save()).require()
             target.resume()
@@ -129,21 +132,21 @@ def test_a_console_goes_on_where_the_destination_says(tmp_path: Path) -> None:
 def test_a_trial_opens_no_console_and_refuses_one_that_the_guest_has_not(tmp_path: Path) -> None:
     there = tmp_path / "there"
     with closing(machine_with_console(tmp_path, "null")) as source:
-        trial = TrialMachine.examine(source.describe(), parts=True, console=f"file:{there}")
+        trial = TrialMachine.examine(source.describe(), HostSide(console=f"file:{there}"), parts=True)
         try:
             trial.load(source.save(), 0).require()
         finally:
             trial.close()
     assert not there.exists()
     with closing(machine_with_console(tmp_path, None)) as source, pytest.raises(ConfigError, match="has no console"):
-        TrialMachine.examine(source.describe(), parts=True, console="null")
+        TrialMachine.examine(source.describe(), HostSide(console="null"), parts=True)
 
 
 @pytest.mark.kvm
 def test_without_a_word_about_it_the_console_leads_nowhere_and_the_guest_goes_on(tmp_path: Path) -> None:
     with (
         closing(machine_with_console(tmp_path, "null")) as source,
-        closing(Machine.build(source.describe(), name="other")) as target,
+        closing(Machine.build(source.describe(), HostSide("other"))) as target,
     ):
         target.load(source.save()).require()
         driver = QueuesDriver(target.memory, console_of(target), 0)
@@ -159,6 +162,6 @@ def test_a_guest_without_a_console_is_taken_over_as_before_and_has_none_there(tm
         assert [device.name for device in source.platform.virtio.devices] == ["rng0", "balloon"]
         description = source.describe()
         with pytest.raises(ConfigError, match="the guest has no console"):
-            Machine.build(description, name="other", console="null")
-        with closing(Machine.build(description, name="other")) as target:
+            Machine.build(description, HostSide("other", console="null"))
+        with closing(Machine.build(description, HostSide("other"))) as target:
             target.load(source.save()).require()

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from kvmigrate.config import DiskConfig, MachineConfig
+from kvmigrate.config import DiskConfig, HostSide, MachineConfig
 from kvmigrate.errors import BadField, ConfigError, KvmigrateError, RestoreRefused
 from kvmigrate.machine.description import Description
 
@@ -159,9 +159,9 @@ def test_devices_that_cannot_be_are_refused(virtio: list[Any]) -> None:
 
 def test_another_image_takes_the_place_of_the_described_one() -> None:
     described = Description.from_value(good() | {"virtio": [DISK]})
-    moved = described.with_disks([DiskConfig.parse("root=/other.img")])
+    moved = described.on(HostSide(disks=(DiskConfig.parse("root=/other.img"),)))
     assert moved.to_value()["virtio"] == [DISK | {"path": "/other.img"}]
     with pytest.raises(ConfigError, match="the guest has no disk of this name, it has: root"):
-        described.with_disks([DiskConfig.parse("data=/other.img")])
+        described.on(HostSide(disks=(DiskConfig.parse("data=/other.img"),)))
     with pytest.raises(ConfigError, match="leave out ,ro"):
-        described.with_disks([DiskConfig.parse("root=/other.img,ro")])
+        described.on(HostSide(disks=(DiskConfig.parse("root=/other.img,ro"),)))

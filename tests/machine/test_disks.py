@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kvmigrate.config import DiskConfig
+from kvmigrate.config import DiskConfig, HostSide
 from kvmigrate.contract import RunState
 from kvmigrate.devices.virtio.block import VirtioBlock
 from kvmigrate.errors import ConfigError, HostError
@@ -43,7 +43,7 @@ class Host:
         return machine
 
     def build(self, source: Machine, disks: tuple[DiskConfig, ...] = ()) -> Machine:
-        machine = Machine.build(source.describe(), name="other", disks=disks)
+        machine = Machine.build(source.describe(), HostSide("other", disks=disks))
         self.stack.callback(machine.close)
         return machine
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kvmigrate.config import NetConfig
+from kvmigrate.config import HostSide, NetConfig
 from kvmigrate.contract import RunState
 from kvmigrate.devices.virtio.net import FEATURES, Net
 from kvmigrate.errors import HostError
@@ -49,8 +49,8 @@ def test_a_card_keeps_its_address_on_another_tap_and_is_announced_there(namespac
     source.resume()
     description = source.describe()
     with pytest.raises(HostError, match=r"tap tap0: .*in use by another VM"):
-        namespace.run(lambda: Machine.build(description, name="other"))
-    target = namespace.run(lambda: Machine.build(description, name="other", nets=(NetConfig("lan", "tap1"),)))
+        namespace.run(lambda: Machine.build(description, HostSide("other")))
+    target = namespace.run(lambda: Machine.build(description, HostSide("other", nets=(NetConfig("lan", "tap1"),))))
     with namespace.run(lambda: socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ETH_P_RARP))) as watch:
         watch.bind(("tap1", ETH_P_RARP))
         watch.settimeout(10)

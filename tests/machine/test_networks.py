@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from kvmigrate.config import MachineConfig, NetConfig, is_station
+from kvmigrate.config import HostSide, MachineConfig, NetConfig, is_station
 from kvmigrate.errors import ConfigError, KvmigrateError
 from kvmigrate.machine.description import Description
 from kvmigrate.machine.specs import specs_for, with_nets, with_new_macs
@@ -39,15 +39,15 @@ def test_a_network_without_an_address_gets_one_that_it_keeps() -> None:
 
 
 def test_another_tap_takes_the_place_of_the_described_one_and_the_address_stays() -> None:
-    moved = described(LAN).with_nets([NetConfig("lan", "tap9")])
+    moved = described(LAN).on(HostSide(nets=(NetConfig("lan", "tap9"),)))
     assert moved.to_value()["virtio"] == [LAN | {"interface": "tap9"}]
-    readdressed = described(LAN).with_nets([NetConfig("lan", "tap9", OTHER_MAC)])
+    readdressed = described(LAN).on(HostSide(nets=(NetConfig("lan", "tap9", OTHER_MAC),)))
     assert readdressed.to_value()["virtio"] == [LAN | {"interface": "tap9", "mac": OTHER_MAC}]
 
 
 def test_a_network_that_the_guest_does_not_have_is_refused_by_name() -> None:
     with pytest.raises(ConfigError, match="network wan: the guest has no network of this name, it has: lan"):
-        described(LAN).with_nets([NetConfig("wan", "tap9")])
+        described(LAN).on(HostSide(nets=(NetConfig("wan", "tap9"),)))
 
 
 def test_a_clone_has_addresses_of_its_own() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from kvmigrate.config import HostSide
 from kvmigrate.contract import RunState
 from kvmigrate.devices import i8042
 from kvmigrate.devices.end import GuestEnd
@@ -67,7 +68,7 @@ def test_a_reset_that_waits_goes_with_the_guest(tmp_path: Path, stack: ExitStack
     wait_for_boots(tmp_path / "serial", b"1")
     machine.pause(RunState.FINISH_MIGRATE)
     ask(machine)
-    there = Machine.build(machine.describe(), serial=f"file:{tmp_path / 'there'}")
+    there = Machine.build(machine.describe(), HostSide(serial=f"file:{tmp_path / 'there'}"))
     stack.callback(there.close)
     for slot in machine.memory.slots:
         there.memory.write(slot.base_gfn << 12, machine.memory.read(slot.base_gfn << 12, slot.nr_pages << 12))
@@ -124,7 +125,7 @@ def test_a_guest_of_which_nobody_knows_what_it_booted_ends_at_a_reset(tmp_path: 
     machine.pause()
     description: dict[str, Any] = machine.describe()
     del description["boot"]
-    there = Machine.build(description)
+    there = Machine.build(description, HostSide())
     stack.callback(there.close)
     there.load(machine.save()).require()
     there.resume()

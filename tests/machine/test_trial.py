@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from kvmigrate.config import DiskConfig, NetConfig
+from kvmigrate.config import DiskConfig, HostSide, NetConfig
 from kvmigrate.contract import RunState
 from kvmigrate.devices.end import GuestEnd
 from kvmigrate.devices.virtio.image import open_disk
@@ -63,8 +63,10 @@ def sampled(machine: Machine) -> list[Section]:
     return [decode(encode(section)) for section in sections]
 
 
-def tried(description: Any, sections: list[Section], resident_bytes: int = 0, **given: Any) -> Fidelity:
-    trial = TrialMachine.examine(description, parts=given.pop("parts", True), **given)
+def tried(
+    description: Any, sections: list[Section], resident_bytes: int = 0, *, parts: bool = True, **given: Any
+) -> Fidelity:
+    trial = TrialMachine.examine(description, HostSide(**given), parts=parts)
     try:
         return trial.load(sections, resident_bytes)
     finally:
@@ -92,7 +94,7 @@ def test_a_running_guest_fits_its_own_host_and_runs_on(tmp_path: Path, stack: Ex
 
 def test_a_trial_touches_no_memory(tmp_path: Path, stack: ExitStack, disk: DiskConfig) -> None:
     machine = started(protected_mode_machine(tmp_path, HANG, disks=(disk,)), stack)
-    trial = TrialMachine.examine(machine.describe(), parts=True)
+    trial = TrialMachine.examine(machine.describe(), HostSide(), parts=True)
     stack.callback(trial.close)
     assert refused(trial.load(sampled(machine), 0)) == {}
     assert trial._platform is not None
@@ -205,7 +207,7 @@ def test_a_tsc_rate_that_the_host_cannot_give_is_told(tmp_path: Path, stack: Exi
 def test_a_disk_is_looked_at_and_not_locked(tmp_path: Path, stack: ExitStack, disk: DiskConfig) -> None:
     machine = started(protected_mode_machine(tmp_path, HANG, disks=(disk,)), stack)
     sections = sampled(machine)
-    trial = TrialMachine.examine(machine.describe(), parts=True)
+    trial = TrialMachine.examine(machine.describe(), HostSide(), parts=True)
     stack.callback(trial.close)
     assert refused(trial.load(sections, 0)) == {}
     machine.close()

@@ -20,7 +20,7 @@ from kvmigrate.memory.dirty import DirtyLog, LogMode
 from kvmigrate.memory.region import GuestMemory
 
 from .guest import OWN_GFNS, RANDOM_WRITER, SWEEP, Guest, assemble
-from .tools import contents, copied_gfns, new_incoming, new_round
+from .tools import contents, copied_gfns, new_incoming, new_round, stream_round
 
 MIB, GIB = 1 << 20, 1 << 30
 SMALL_BYTES = 64 * MIB + 3 * PAGE_BYTES
@@ -180,7 +180,7 @@ def copy_while_it_runs(guest: Guest, mode: LogMode, copy: Copy, nr_rounds: int, 
         if number:
             found.append(log.sync())
         round_ = new_round(first=number == 0)
-        assert lib.kmig_stream_send_round(memory.handle, round_, copy.sock.fileno(), sequence) == 0
+        assert stream_round(memory.handle, round_, copy.sock.fileno(), sequence) == 0
         # At once after the last round but one: what a wrong order lost there must not be written again.
         if number < nr_rounds - 2:
             guest.wait_for_writes(writes_between)

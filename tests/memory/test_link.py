@@ -27,6 +27,7 @@ from .tools import (
     new_round,
     pages_of,
     send_round,
+    stream_round,
 )
 
 NR_PAGES = 4096 + 3
@@ -55,7 +56,7 @@ class TestFailingLink:
 
     def send(self, source: GuestMemory, sock: socket.socket, **options: Any) -> int:
         round_ = new_round(first=True, **options)
-        return lib.kmig_stream_send_round(source.handle, round_, sock.fileno(), ffi.new("uint32_t *"))
+        return stream_round(source.handle, round_, sock.fileno(), ffi.new("uint32_t *"))
 
     def nothing_is_forgotten(self, source: GuestMemory, log: DirtyLog, received: bytes, gfns: range) -> None:
         """Every page was in a whole frame, or comes in the next round."""
@@ -202,7 +203,7 @@ def capped_rate(source: GuestMemory, bandwidth: int) -> float:
     with theirs, Draining(theirs):
         began = time.monotonic()
         with ours:
-            assert lib.kmig_stream_send_round(source.handle, round_, ours.fileno(), ffi.new("uint32_t *")) == 0
+            assert stream_round(source.handle, round_, ours.fileno(), ffi.new("uint32_t *")) == 0
         return float(round_.bytes_sent / (time.monotonic() - began) / bandwidth)
 
 
@@ -223,7 +224,7 @@ def test_a_capped_round_can_be_cancelled_while_it_sleeps(source: GuestMemory) ->
     ours, theirs = socket.socketpair()
     began = time.monotonic()
     with ours, theirs:
-        rc = lib.kmig_stream_send_round(source.handle, round_, ours.fileno(), ffi.new("uint32_t *"))
+        rc = stream_round(source.handle, round_, ours.fileno(), ffi.new("uint32_t *"))
     timer.join()
     os.close(abort_fd)
     assert rc == -errno.ECANCELED and time.monotonic() - began < 5
@@ -235,7 +236,7 @@ def test_counters_can_be_read_while_the_round_runs_and_never_go_back(source: Gue
     ours, theirs = socket.socketpair()
     with theirs, Draining(theirs):
         thread = threading.Thread(
-            target=lib.kmig_stream_send_round, args=(source.handle, round_, ours.fileno(), ffi.new("uint32_t *"))
+            target=stream_round, args=(source.handle, round_, ours.fileno(), ffi.new("uint32_t *"))
         )
         thread.start()
         seen = []

@@ -179,11 +179,17 @@ def fill(memory: GuestMemory, gfns: list[int] | range) -> bytes:
     return pages
 
 
+def stream_round(memory: Any, round_: Any, fd: int, sequence: Any) -> int:
+    """All of a round at once; returns as ``kmig_stream_send_some``."""
+    lib.kmig_round_begin(memory, round_)
+    return lib.kmig_stream_send_some(memory, round_, fd, sequence, MASK, MASK)
+
+
 def send_round(memory: GuestMemory, *, first: bool, sequence: int = 0) -> tuple[bytes, Any]:
     """One round over a socket pair: the bytes that came out, and the round."""
     round_, counter = new_round(first=first), ffi.new("uint32_t *", sequence)
     ours, theirs = socket.socketpair()
     with theirs, Draining(theirs) as draining, ours:
-        rc = lib.kmig_stream_send_round(memory.handle, round_, ours.fileno(), counter)
+        rc = stream_round(memory.handle, round_, ours.fileno(), counter)
     assert rc == 0
     return draining.data, round_

@@ -1,10 +1,8 @@
 // Rounds over a socket, and pages off a socket straight into guest memory. Frames are described in state/frame.py.
 
-// All of a round as PAGES frames, numbered from *sequence on. The socket may be blocking or not.
-int kmig_stream_send_round(struct kmig_memory *memory, struct kmig_round *round, int fd, uint32_t *sequence);
-
-// The next part of a round that has begun: ends after the frame with which most_pages were looked at or most_ns have
-// passed. Returns 1 when there may be more, 0 when the round is over.
+// The next part of a round that has begun, as PAGES frames numbered from *sequence on: ends after the frame with which
+// most_pages were looked at or most_ns have passed. The socket may be blocking or not. Returns 1 when there may be more,
+// 0 when the round is over.
 int kmig_stream_send_some(struct kmig_memory *memory, struct kmig_round *round, int fd, uint32_t *sequence,
                           uint64_t most_pages, uint64_t most_ns);
 
