@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..config import (
     BootConfig,
@@ -16,8 +17,10 @@ from ..config import (
     parse_boot,
     parse_size,
 )
-from . import report
 from .address import parse_address
+
+if TYPE_CHECKING:
+    from ..state.fidelity import Fidelity
 
 
 def host_side(
@@ -71,17 +74,23 @@ def run(
     return processes.run_machine(config, paused=paused)
 
 
+def _show_restored(fidelity: Fidelity) -> None:
+    from . import report
+
+    report.restored(fidelity)
+
+
 def receive(address: str, here: HostSide, *, paused: bool, verbose: bool) -> int:
     """Wait for a guest and stay with it. Returns the exit status."""
     listen_at = parse_address(address)
     from ..control import processes
 
-    return processes.run_incoming(listen_at, here, paused=paused, show=report.restored if verbose else None)
+    return processes.run_incoming(listen_at, here, paused=paused, show=_show_restored if verbose else None)
 
 
 def restore(directory: Path, here: HostSide, *, clone: bool, clock: ClockPolicy, paused: bool, verbose: bool) -> int:
     """Restore a snapshot and stay with the guest. Returns the exit status."""
     from ..control import processes
 
-    show = report.restored if verbose else None
+    show = _show_restored if verbose else None
     return processes.run_restored(directory, here, paused=paused, show=show, clone=clone, clock=clock)

@@ -16,7 +16,6 @@ import socket
 import threading
 import time
 from contextlib import suppress
-from pathlib import Path
 
 from ..devices.backends import Uart
 from ..devices.tee import Tee
@@ -75,12 +74,9 @@ class Console:
         tee.listen(self)
         self._wake()
 
-    def start(self, path: Path) -> None:
-        """Bind ``path`` with mode 0600 and accept clients. The directory is private, so that no one comes earlier."""
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._listener.bind(str(path))
-        path.chmod(0o600)
-        self._listener.listen()
+    def start(self, listener: socket.socket) -> None:
+        """Accept the clients of ``listener``, a UNIX socket that this owns from now on."""
+        self._listener = listener
         self._listener.setblocking(False)
         self._thread = threading.Thread(target=self._serve, name="console", daemon=True)
         self._thread.start()

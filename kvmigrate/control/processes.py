@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import asyncio
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from ..config import Address, ClockPolicy, HostSide, MachineConfig
 from ..errors import ControlError
 from ..machine.machine import Machine
-from ..machine.rehearsal import rehearse
-from ..machine.trial import TrialMachine
-from ..migration.address import Listener
 from ..migration.journal import Entry, Journal, Role
 from ..state.fidelity import Fidelity
 from ..state.section import Value
 from . import runtime
+from .ending import STATUS_STOPPED, Exit
 from .leases import leased
-from .session import STATUS_STOPPED, Exit, Session
+
+if TYPE_CHECKING:
+    from .session import Session
 
 ShowFidelity = Callable[[Fidelity], None]
 """Told what became of every item of state once it is loaded."""
@@ -35,16 +35,11 @@ class _Stopped(BaseException):
 def run_machine(config: MachineConfig, *, paused: bool = False) -> int:
     """Boot ``config`` and stay until the guest ends. Returns the exit status; raises a :class:`KvmigrateError` when it
     never ran."""
-    with _session(config.name) as session:
-        machine = Machine.create(config)
-        session.adopt(machine)
-        return _live(session, lambda _: _let_go(machine, paused=paused))
-
-
-def _let_go(machine: Machine, *, paused: bool) -> None:
-    machine.start()
-    if not paused:
-        machine.resume()
+    with _claimed(config.name) as claim, closing(Machine.create(config)) as machine:
+        machine.start()
+        if not paused:
+            machine.resume()
+        return _serve(claim, machine)
 
 
 def run_restored(
@@ -61,29 +56,28 @@ def run_restored(
     A ``clone`` is another guest than the saved one, so there may be any number of them; else the snapshot is held."""
     from ..snapshot.load import restore
 
-    with _session(here.name, held=None if clone else directory) as session:
+    with _claimed(here.name, held=None if clone else directory) as claim:
         restored = restore(directory, partial(Machine.build, here=here, clone=clone, clock=clock))
         machine = restored.machine
         assert isinstance(machine, Machine)
-        session.adopt(machine)
-        machine.new_generation()
-        if show is not None:
-            show(restored.fidelity)
-        wait = paused or not restored.description["autostart"]
-        return _live(session, lambda _: _restart(machine, paused=wait))
-
-
-def _restart(machine: Machine, *, paused: bool) -> None:
-    machine.start()
-    if paused:
-        machine.pause()
-    else:
-        machine.resume()
+        with closing(machine):
+            machine.new_generation()
+            if show is not None:
+                show(restored.fidelity)
+            if paused or not restored.description["autostart"]:
+                machine.pause()
+            else:
+                machine.resume()
+            return _serve(claim, machine)
 
 
 def run_incoming(address: Address, here: HostSide, *, paused: bool = False, show: ShowFidelity | None = None) -> int:
     """Wait at ``address`` for one guest, take it over and stay until it ends."""
-    with _session(here.name) as session:
+    from ..machine.rehearsal import rehearse
+    from ..machine.trial import TrialMachine
+    from ..migration.address import Listener
+
+    with _claimed(here.name) as claim, _session(claim) as session:
         listener = Listener(address)
 
         def build(value: Mapping[str, Value]) -> Machine:
@@ -100,7 +94,16 @@ def run_incoming(address: Address, here: HostSide, *, paused: bool = False, show
         return _live(session, lambda live: live.receive(listener, build, examine, paused=paused))
 
 
+def _serve(claim: runtime.Claim, machine: Machine) -> int:
+    """Stay with a guest that runs. What serves it is loaded only now: the guest need not wait for that."""
+    with _session(claim) as session:
+        session.adopt(machine)
+        return _live(session, lambda _: None)
+
+
 def _live(session: Session, begin: Callable[[Session], None]) -> int:
+    import asyncio
+
     how: Exit = asyncio.run(session.live(begin))
     if how.error is not None:
         raise how.error
@@ -110,9 +113,17 @@ def _live(session: Session, begin: Callable[[Session], None]) -> int:
 
 
 @contextmanager
-def _session(name: str, held: Path | None = None) -> Iterator[Session]:
-    """A session that holds ``name``, and the snapshot ``held``; everything it took is given back at the end, however
-    that comes, and the guest first."""
+def _session(claim: runtime.Claim) -> Iterator[Session]:
+    from .session import Session
+
+    with closing(Session(claim)) as session:
+        yield session
+
+
+@contextmanager
+def _claimed(name: str, held: Path | None = None) -> Iterator[runtime.Claim]:
+    """Hold ``name``, and the snapshot ``held``; everything is given back at the end, however that comes. A signal ends
+    the process in good order from here on, by its exit status."""
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = [signal.signal(number, _stopped) for number in numbers]
     try:
@@ -120,11 +131,8 @@ def _session(name: str, held: Path | None = None) -> Iterator[Session]:
         try:
             _require_settled(claim)
             with leased(held, claim) if held else nullcontext():
-                session = Session(claim)
-                try:
-                    yield session
-                finally:
-                    session.close()
+                claim.listen()
+                yield claim
         except _Stopped:
             raise SystemExit(STATUS_STOPPED) from None
         finally:

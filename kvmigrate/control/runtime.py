@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import socket
 import stat
 import time
 from contextlib import suppress
@@ -70,6 +71,13 @@ class Claim:
     name: str
     directory: Path
     lock_fd: int
+    listeners: tuple[socket.socket, ...] = ()
+    """For the control socket and the console, once :meth:`listen` was called."""
+
+    def listen(self) -> None:
+        """Let clients of the control socket and of the console come; they wait until somebody accepts them."""
+        for path in (self.socket_path, self.console_path):
+            self.listeners += (listen(path),)
 
     @property
     def lock_path(self) -> Path:
@@ -91,12 +99,27 @@ class Claim:
         """Remove the sockets, then the lock: while the lock is held, no one else may make a socket here."""
         if self.lock_fd < 0:
             return
+        for listener in self.listeners:
+            listener.close()
         self.socket_path.unlink(missing_ok=True)
         self.console_path.unlink(missing_ok=True)
         self.lease_path.unlink(missing_ok=True)
         self.lock_path.unlink(missing_ok=True)
         os.close(self.lock_fd)
         self.lock_fd = -1
+
+
+def listen(path: Path) -> socket.socket:
+    """A UNIX socket that listens at ``path``, mode 0600. The directory is private, so that no one comes earlier."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        listener.bind(str(path))
+        path.chmod(0o600)
+        listener.listen()
+    except BaseException:
+        listener.close()
+        raise
+    return listener
 
 
 def claim(name: str) -> Claim:

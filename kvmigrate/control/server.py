@@ -9,7 +9,6 @@ import struct
 import sys
 import traceback
 from collections.abc import Mapping
-from pathlib import Path
 
 from ..errors import KvmigrateError
 from . import commands, qmp
@@ -29,16 +28,9 @@ class Server:
         self._server: asyncio.Server | None = None
         self._idle = asyncio.Event()
 
-    async def start(self, path: Path) -> None:
-        """Bind ``path`` with mode 0600 and accept clients. The directory is private, so that no one comes earlier."""
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            listener.bind(str(path))
-            path.chmod(0o600)
-            self._server = await asyncio.start_unix_server(self._accept, sock=listener)
-        except BaseException:
-            listener.close()
-            raise
+    async def start(self, listener: socket.socket) -> None:
+        """Accept the clients of ``listener``, a UNIX socket that this owns from now on."""
+        self._server = await asyncio.start_unix_server(self._accept, sock=listener)
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if len(self._clients) >= MAX_CLIENTS or not same_user(writer.get_extra_info("socket")):

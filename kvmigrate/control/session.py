@@ -16,19 +16,18 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from ..config import Address, MigrationParameters, SnapshotParameters
 from ..contract import Builder, Examiner, RunState
-from ..devices.end import CRASH, RESET, RESET_BUTTON, GuestEnd
 from ..errors import KvmigrateError, MigrationError, StateError
 from ..machine.machine import Machine
 from ..state.fidelity import Fidelity
 from . import ballooning
 from .console import Console
+from .ending import REASONS, STATUS_ERROR, STATUS_MOVED, STATUS_STOPPED, Exit, whose
 from .job import Job, SnapshotJob, describe
 from .runtime import Claim
 from .server import Server
@@ -37,7 +36,6 @@ if TYPE_CHECKING:
     from ..migration.address import Listener
     from .incoming import IncomingJob
 
-STATUS_ERROR, STATUS_MOVED, STATUS_STOPPED = 2, 6, 8
 SWITCH_INTERVAL_S = 0.0005
 """How long one Python thread may make another wait: in the blackout each such wait is the guest's."""
 LINGER_S = 30.0
@@ -50,31 +48,6 @@ REASON_S = 3.0
 CANCEL_S = 15.0
 
 _QUIET = frozenset({RunState.FINISH_MIGRATE, RunState.SAVE_VM})
-_REASONS = {CRASH: "guest-panic", RESET: "guest-reset", RESET_BUTTON: "host-qmp-system-reset"}
-"""QEMU's words for why a guest ended or was reset."""
-
-
-@dataclass(frozen=True, slots=True)
-class Exit:
-    """How the process ends: its status, a line for whoever watches (or nothing), and the reason for SHUTDOWN."""
-
-    status: int
-    text: str = ""
-    reason: str = ""
-    moved: bool = False
-    error: KvmigrateError | None = None
-    story: str = ""
-    """What became of the guest, also where ``text`` needs none."""
-
-    @classmethod
-    def of_guest(cls, end: GuestEnd) -> Exit:
-        text = end.text if end.kind in _REASONS else ""
-        return cls(end.exit_status, text, _REASONS.get(end.kind, "guest-shutdown"), story=end.text)
-
-
-def _whose(reason: str) -> dict[str, Any]:
-    """The data of QEMU's events for the end and the reset of a guest."""
-    return {"guest": reason.startswith("guest"), "reason": reason}
 
 
 class Session:
@@ -215,12 +188,16 @@ class Session:
     # What other threads tell.
 
     def adopt(self, machine: Machine) -> None:
-        """Own ``machine`` from now on. May be called from the thread that receives it."""
+        """Own ``machine`` from now on, whose guest may run already, or have ended. May be called from the thread that
+        receives it."""
         machine.on_change(self._changed)
         machine.on_end = lambda end: self._post("end", end)
-        machine.on_reset = lambda reset: self._tell("RESET", _whose(_REASONS[reset.kind]))
+        machine.on_reset = lambda reset: self._tell("RESET", whose(REASONS[reset.kind]))
         self._console.adopt(machine.platform.backend)
+        self._ran = machine.runstate is RunState.RUNNING
         self.machine = machine
+        if machine.end is not None:
+            self._post("end", machine.end)
 
     def _changed(self, state: RunState) -> None:
         if state in _QUIET:
@@ -284,16 +261,20 @@ class Session:
     # The life of the process.
 
     async def live(self, begin: Callable[[Session], None]) -> Exit:
-        """Serve until the guest ends or moves away or is stopped. ``begin`` starts what there is to live for."""
+        """Serve who comes to the claim's listeners until the guest ends or moves away or is stopped. ``begin`` starts
+        what there is to live for, if the guest does not run already."""
         self._loop = asyncio.get_running_loop()
         self._over = self._loop.create_future()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             self._loop.add_signal_handler(number, self._signalled, number)
         sys.setswitchinterval(SWITCH_INTERVAL_S)
-        await self._server.start(self._claim.socket_path)
-        self._console.start(self._claim.console_path)
+        control, console = self._claim.listeners
+        await self._server.start(control)
+        self._console.start(console)
         try:
             begin(self)
+            # What was told before there was a loop to wake: the guest may have come to its end already.
+            self._drain()
             gc.collect()
             gc.freeze()
             rehearsal = asyncio.create_task(self._rehearse())
@@ -335,7 +316,7 @@ class Session:
         if how.moved:
             await self._linger()
         else:
-            self._server.emit("SHUTDOWN", _whose(how.reason))
+            self._server.emit("SHUTDOWN", whose(how.reason))
         if interrupted and not how.moved:
             # Whoever follows the job looks again within its polling interval, and should read why it ended.
             await self._server.wait_idle(REASON_S)

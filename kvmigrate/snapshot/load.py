@@ -27,7 +27,6 @@ from ..memory.region import GuestMemory
 from ..state.fidelity import Fidelity
 from ..state.section import Value
 from .format import RAW_FILE, extents
-from .frames import read_frames
 from .statefile import SavedState, open_file, opened, read_state
 
 
@@ -115,6 +114,9 @@ def _bring_memory(memory: GuestMemory, fd: int, directory: Path, saved: SavedSta
     if saved.index.file == RAW_FILE:
         _map(memory, fd, path, saved)
         return
+    # Loads what compresses, and what stands behind that: a file that is only mapped does not wait for it.
+    from .frames import read_frames
+
     try:
         read_frames(memory, fd, saved.index)
         _compare_hashes(memory, saved)

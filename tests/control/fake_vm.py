@@ -11,6 +11,7 @@ from typing import Any
 
 from kvmigrate.config import Address, MigrationParameters, SnapshotParameters
 from kvmigrate.contract import RunState
+from kvmigrate.control.runtime import listen
 from kvmigrate.control.server import Server
 from kvmigrate.errors import StateError
 
@@ -94,7 +95,7 @@ def serving(vm: FakeVm, path: Path) -> Iterator[Server]:
     ready = threading.Event()
 
     async def serve() -> None:
-        await server.start(path)
+        await server.start(listen(path))
         ready.set()
         await stop.wait()
         await server.close()

@@ -14,6 +14,7 @@ import pytest
 
 from kvmigrate.control.attached import MAX_BODY_BYTES, Frames, Kind, frame
 from kvmigrate.control.console import MAX_CLIENTS, Console
+from kvmigrate.control.runtime import listen
 from kvmigrate.control.scrollback import KEPT_BYTES, Scrollback
 from kvmigrate.devices.backends import Backend, UnixBackend
 from kvmigrate.devices.serial import Serial
@@ -80,7 +81,7 @@ class Vm:
             self.uart.resume()
             self.say(early)
         self.console.adopt(tee)
-        self.console.start(path)
+        self.console.start(listen(path))
         self.uart.resume()
 
     def connect(self) -> Client:
@@ -157,7 +158,7 @@ def test_the_back_end_gets_it_too_and_sets_the_pace(tmp_path: Path) -> None:
     peer, _ = listener.accept()
     uart, console = Serial(lambda level: None, tee), Console("vm")
     console.adopt(tee)
-    console.start(tmp_path / "vm.tty")
+    console.start(listen(tmp_path / "vm.tty"))
     uart.resume()
     written = 0
     while uart.read(5, 1) & 0x20:
