@@ -44,12 +44,11 @@ class Restored:
     timings: Mapping[str, float]
 
 
-def restore(directory: Path, builder: Builder, *, overrides: Mapping[str, Value] | None = None) -> Restored:
+def restore(directory: Path, builder: Builder) -> Restored:
     """Build the machine of the snapshot ``directory`` with ``builder``, give it the memory and load its state.
 
-    ``overrides`` are laid over the saved description before the builder sees it (``name``, ``serial``). An uncompressed
-    snapshot is mapped, not read: damage to its pages is for ``verify`` to find, and the directory's file must neither
-    be changed nor cut short while the guest runs. Resuming is the caller's.
+    An uncompressed snapshot is mapped, not read: damage to its pages is for ``verify`` to find, and the directory's file
+    must neither be changed nor cut short while the guest runs. Resuming is the caller's.
 
     Raises :class:`SnapshotError` (damaged, naming the file and where), :class:`RestoreRefused`, and what the builder
     and the machine raise; the machine is closed then.
@@ -57,10 +56,9 @@ def restore(directory: Path, builder: Builder, *, overrides: Mapping[str, Value]
     clock = _Clock()
     with opened(directory) as directory_fd:
         saved = read_state(directory_fd, directory)
-        description = {**saved.description, **(overrides or {})}
         with _memory_file(directory_fd, directory / saved.index.file, saved) as memory_fd:
             clock.lap("read")
-            machine = builder(description)
+            machine = builder(saved.description)
             try:
                 clock.lap("build")
                 _bring_memory(machine.memory, memory_fd, directory, saved)
@@ -71,7 +69,7 @@ def restore(directory: Path, builder: Builder, *, overrides: Mapping[str, Value]
             except BaseException:
                 machine.close()
                 raise
-    return Restored(machine, fidelity, description, clock.laps())
+    return Restored(machine, fidelity, saved.description, clock.laps())
 
 
 class _Clock:

@@ -92,7 +92,8 @@ def received(
     taking = threading.Thread(target=take)
     taking.start()
     wait_listening(address)
-    parameters = MigrationParameters(bandwidth_bytes_s=2 << 20)
+    # On a busy machine the guest may write as fast as that.
+    parameters = MigrationParameters(bandwidth_bytes_s=2 << 20, downtime_limit_ms=5000)
     sending = threading.Thread(target=lambda: results.append(send(source, address, parameters, journal_dir=directory)))
     sending.start()
     try:

