@@ -47,8 +47,8 @@ class Restored:
 def restore(directory: Path, builder: Builder) -> Restored:
     """Build the machine of the snapshot ``directory`` with ``builder``, give it the memory and load its state.
 
-    An uncompressed snapshot is mapped, not read: damage to its pages is for ``verify`` to find, and the directory's file
-    must neither be changed nor cut short while the guest runs. Resuming is the caller's.
+    An uncompressed snapshot is mapped, not read: damage to its pages is for ``verify`` to find, and the directory's
+    file must neither be changed nor cut short while the guest runs. Resuming is the caller's.
 
     Raises :class:`SnapshotError` (damaged, naming the file and where), :class:`RestoreRefused`, and what the builder
     and the machine raise; the machine is closed then.
