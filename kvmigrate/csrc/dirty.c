@@ -70,10 +70,18 @@ static bool is_clean(const uint64_t *log, struct words at)
     return any == 0;
 }
 
+static uint64_t count_pending(const struct kmig_slot *slot, uint64_t window)
+{
+    uint64_t first = window * KMIG_WINDOW_PAGES;
+    return kmig_bits_count(slot->pending, first, kmig_window_end(slot, first));
+}
+
 // Add what was logged in a window, and what the VMM wrote there, to what is pending. Returns how many pages that is. Of
-// a window that nobody wrote in only KVM's log is read.
+// a window that nobody wrote in only KVM's log is read; of an empty one not even that.
 static uint64_t merge_window(struct kmig_slot *slot, uint64_t window)
 {
+    if (kmig_bits_test(slot->empty_windows, window))
+        return kmig_bits_test(slot->pending_windows, window) ? count_pending(slot, window) : 0;
     struct words at = words_of(slot, window);
     bool host = take_host_window(slot, window) && !KMIG_FAULT("forget-host-bitmap");
     uint64_t nr_pending = 0;
@@ -93,10 +101,8 @@ uint64_t kmig_slot_count_pending(const struct kmig_slot *slot)
 {
     uint64_t nr_windows = kmig_windows_of(slot->nr_pages), nr_pending = 0;
 
-    for (uint64_t window = 0; (window = kmig_bits_next(slot->pending_windows, window, nr_windows)) < nr_windows; window++) {
-        uint64_t first = window * KMIG_WINDOW_PAGES;
-        nr_pending += kmig_bits_count(slot->pending, first, kmig_window_end(slot, first));
-    }
+    for (uint64_t window = 0; (window = kmig_bits_next(slot->pending_windows, window, nr_windows)) < nr_windows; window++)
+        nr_pending += count_pending(slot, window);
     return nr_pending;
 }
 
@@ -108,6 +114,7 @@ static void forget_pending(struct kmig_slot *slot)
             memset(slot->pending + at.word, 0, (at.end - at.word) * 8);
     }
     memset(slot->pending_windows, 0, kmig_bits_words(kmig_windows_of(slot->nr_pages)) * 8);
+    memset(slot->empty_windows, 0, kmig_bits_words(kmig_windows_of(slot->nr_pages)) * 8);
 }
 
 // Forget what the VMM wrote, and take every page as pending: which ones need no look is found by the first round.
@@ -175,6 +182,8 @@ long kmig_dirty_sync(struct kmig_memory *memory)
     for (uint32_t i = 0; i < memory->nr_slots; i++) {
         struct kmig_slot *slot = &memory->slot[i];
         int rc = fetch_log(memory, slot);
+        if (rc == 0)
+            rc = kmig_slot_find_touched(memory, slot);
         if (rc < 0)
             return rc;
         for (uint64_t window = 0; window < kmig_windows_of(slot->nr_pages); window++)

@@ -42,6 +42,9 @@ static inline void kmig_slot_all_pending(struct kmig_slot *slot)
 
 uint64_t kmig_slot_count_pending(const struct kmig_slot *slot);
 
+// Make pending what is resident by now in the windows that were empty. Needs PAGEMAP_SCAN.
+int kmig_slot_find_touched(const struct kmig_memory *memory, struct kmig_slot *slot);
+
 // The VMM wrote the pages first..end of slot. To be called after the bytes are there: a sync that takes the marks before
 // would have the old page copied and no mark left for the new one. The window's mark comes after the pages' own: a sync
 // that sees it sees them.

@@ -45,6 +45,7 @@ static void slot_release(struct kmig_slot *slot)
     unmap(slot->backed, bitmap_bytes);
     unmap(slot->pending, bitmap_bytes);
     unmap(slot->pending_windows, window_bytes);
+    unmap(slot->empty_windows, window_bytes);
     unmap(slot->log, bitmap_bytes);
     unmap(slot->hash, slot->nr_pages * sizeof(*slot->hash));
 }
@@ -120,11 +121,12 @@ int kmig_memory_add(struct kmig_memory *memory, uint32_t id, uint64_t base_gfn, 
         .backed = map_zeroed(bitmap_bytes),
         .pending = map_zeroed(bitmap_bytes),
         .pending_windows = map_zeroed(window_bytes),
+        .empty_windows = map_zeroed(window_bytes),
         .log = map_zeroed(bitmap_bytes),
         .hash = map_zeroed(nr_pages * sizeof(*slot.hash)),
     };
     if (!slot.hva || !slot.host_dirty || !slot.host_windows || !slot.backed || !slot.pending || !slot.pending_windows ||
-        !slot.log || !slot.hash) {
+        !slot.empty_windows || !slot.log || !slot.hash) {
         slot_release(&slot);
         return -ENOMEM;
     }

@@ -114,18 +114,18 @@ static int clear_window(struct kmig_memory *memory, uint32_t slot_index, uint64_
     return kmig_dirty_clear(memory, slot_index, first, end - first, slot->pending + first / 64);
 }
 
-static int reduce_to_resident(struct kmig_memory *memory, struct kmig_round *round, uint64_t first, uint64_t end)
+// Take what is not resident off pending. Returns how many pages stay, or -errno.
+static long reduce_to_resident(struct kmig_memory *memory, const struct kmig_round *round, uint64_t first, uint64_t end)
 {
     uint64_t resident[KMIG_WINDOW_PAGES / 64] = {0};
     uint64_t *pending = memory->slot[round->slot].pending;
     long rc = kmig_memory_resident(memory, round->slot, first, end - first, resident);
 
     if (rc < 0)
-        return (int)rc;
+        return rc;
     for (uint64_t word = first / 64; word < kmig_bits_words(end); word++)
         pending[word] &= resident[word - first / 64];
-    kmig_count(&round->pages_total, kmig_bits_count(pending, first, end));
-    return 0;
+    return (long)kmig_bits_count(pending, first, end);
 }
 
 // Prepare the window first..end of the slot in which the round stands.
@@ -136,11 +136,38 @@ static int reduce_to_resident(struct kmig_memory *memory, struct kmig_round *rou
 // reason: a page first touched before the clear is resident by then, one first touched after it is in the log.
 static int open_window(struct kmig_memory *memory, struct kmig_round *round, uint64_t first, uint64_t end)
 {
-    int rc = clear_window(memory, round->slot, first, end);
+    struct kmig_slot *slot = &memory->slot[round->slot];
+    uint64_t window = first / KMIG_WINDOW_PAGES;
+    bool was_empty = kmig_bits_test(slot->empty_windows, window);
+    uint64_t counted = round->first ? 0 : kmig_bits_count(slot->pending, first, end);
 
-    if (rc == 0 && round->first)
-        rc = reduce_to_resident(memory, round, first, end);
-    return rc;
+    // What was found in an empty window is in the log as all of it is: now it is cleared there.
+    if (was_empty)
+        kmig_slot_pending(slot, first, end);
+    kmig_bits_unset(slot->empty_windows, window);
+    int rc = clear_window(memory, round->slot, first, end);
+    if (rc < 0 || !(round->first || was_empty))
+        return rc;
+    long resident = reduce_to_resident(memory, round, first, end);
+    if (resident < 0)
+        return (int)resident;
+    kmig_count(&round->pages_total, (uint64_t)resident - counted);
+    return 0;
+}
+
+// Whether nothing is resident in a window of the first round. Then clearing it in the log, which takes longer the more
+// pages there are and not the more of them are in use, is left for when something is: kmig_slot_find_touched looks.
+static int skip_if_empty(struct kmig_memory *memory, struct kmig_round *round, uint64_t first, uint64_t end)
+{
+    uint64_t resident[KMIG_WINDOW_PAGES / 64] = {0};
+    struct kmig_slot *slot = &memory->slot[round->slot];
+    long rc = kmig_memory_resident(memory, round->slot, first, end - first, resident);
+
+    if (rc != 0 || memory->no_pagemap_scan)
+        return rc < 0 ? (int)rc : 0;
+    memset(slot->pending + first / 64, 0, (kmig_bits_words(end) - first / 64) * 8);
+    kmig_bits_set(slot->empty_windows, first / KMIG_WINDOW_PAGES);
+    return 1;
 }
 
 #ifdef KMIG_PLANTED_FAULTS
@@ -184,10 +211,14 @@ static int next_window(struct kmig_memory *memory, struct kmig_round *round)
     if (round->slot == memory->nr_slots)
         return 0;
     uint64_t end = kmig_window_end(&memory->slot[round->slot], round->page);
-    rc = open_window(memory, round, round->page, end);
+    rc = round->first ? skip_if_empty(memory, round, round->page, end) : 0;
+    if (rc == 0)
+        rc = open_window(memory, round, round->page, end);
     if (rc < 0)
         return rc;
     round->window_end = end;
+    if (rc > 0)
+        round->page = end;
     return 1;
 }
 

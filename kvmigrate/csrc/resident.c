@@ -41,10 +41,20 @@ _Static_assert(sizeof(struct scan_region) == 24 && sizeof(struct scan_arg) == 96
 
 #define SCAN_IOCTL _IOWR('f', 16, struct scan_arg)
 
+// Set the bits of one region's pages in bitmap, which begins at page first of a slot, and of their windows, if wanted.
+static void note(const struct scan_region *region, uint64_t base, uint64_t first, uint64_t *bitmap, uint64_t *windows)
+{
+    uint64_t from = (region->start - base) / KMIG_PAGE_BYTES, to = (region->end - base) / KMIG_PAGE_BYTES;
+
+    kmig_bits_set_range(bitmap, from, to);
+    if (windows)
+        kmig_bits_set_range(windows, (first + from) / KMIG_WINDOW_PAGES, kmig_windows_of(first + to));
+}
+
 // Ask for ranges: the kernel steps over what has no page tables at once, so that empty memory costs nothing. Returns
 // -ENOTTY or -EINVAL where it does not know the call.
 static int scan(const struct kmig_memory *memory, const struct kmig_slot *slot, uint64_t first, uint64_t end,
-                uint64_t *bitmap)
+                uint64_t *bitmap, uint64_t *windows)
 {
     struct scan_region region[SCAN_REGIONS];
     uint64_t base = (uintptr_t)slot->hva + first * KMIG_PAGE_BYTES;
@@ -63,8 +73,7 @@ static int scan(const struct kmig_memory *memory, const struct kmig_slot *slot, 
         if (nr < 0)
             return nr;
         for (int i = 0; i < nr; i++)
-            kmig_bits_set_range(bitmap, (region[i].start - base) / KMIG_PAGE_BYTES,
-                                (region[i].end - base) / KMIG_PAGE_BYTES);
+            note(&region[i], base, first, bitmap, windows);
     }
     return 0;
 }
@@ -107,7 +116,7 @@ long kmig_memory_resident(struct kmig_memory *memory, uint32_t slot_index, uint6
     if (first % 64 || first > slot->nr_pages || nr_pages > slot->nr_pages - first)
         return -EINVAL;
     uint64_t end = first + nr_pages;
-    int rc = memory->no_pagemap_scan ? -ENOTTY : scan(memory, slot, first, end, bitmap);
+    int rc = memory->no_pagemap_scan ? -ENOTTY : scan(memory, slot, first, end, bitmap, NULL);
     if (rc == -ENOTTY || rc == -EINVAL) {
         memory->no_pagemap_scan = 1;
         rc = read_all(memory, slot, first, end, bitmap);
@@ -117,6 +126,21 @@ long kmig_memory_resident(struct kmig_memory *memory, uint32_t slot_index, uint6
     for (uint64_t word = first / 64; word < kmig_bits_words(end); word++)
         bitmap[word - first / 64] |= slot->backed[word] & kmig_bits_mask(word, first, end);
     return (long)kmig_bits_count(bitmap, 0, nr_pages);
+}
+
+int kmig_slot_find_touched(const struct kmig_memory *memory, struct kmig_slot *slot)
+{
+    uint64_t nr_windows = kmig_windows_of(slot->nr_pages), end;
+
+    for (uint64_t window = 0; (window = kmig_bits_next(slot->empty_windows, window, nr_windows)) < nr_windows; window = end) {
+        end = kmig_bits_next_unset(slot->empty_windows, window, nr_windows);
+        uint64_t first = window * KMIG_WINDOW_PAGES;
+        uint64_t last = end == nr_windows ? slot->nr_pages : end * KMIG_WINDOW_PAGES;
+        int rc = scan(memory, slot, first, last, slot->pending + first / 64, slot->pending_windows);
+        if (rc < 0)
+            return rc;
+    }
+    return 0;
 }
 
 int kmig_memory_hash_all(struct kmig_memory *memory, uint32_t slot_index, uint64_t *hashes)

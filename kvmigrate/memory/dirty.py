@@ -49,7 +49,8 @@ class DirtyLog:
         check(lib.kmig_dirty_stop(self._memory.handle), "stopping the dirty log (KVM_SET_USER_MEMORY_REGION)")
 
     def sync(self) -> int:
-        """Make what was logged pending, with what is still pending from before; returns how many pages that is.
+        """Make what was logged pending, with what is still pending from before; returns how many pages that is, or
+        somewhat more: where nothing was in use before, the page map tells of whole huge pages.
 
         Raises :class:`HostError`.
         """

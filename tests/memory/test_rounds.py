@@ -258,10 +258,42 @@ def test_no_window_is_skipped_that_was_written_in_or_put_back(rounds: list[tuple
             lib.kmig_round_begin(source.handle, round_)
             if lib.kmig_round_next(source.handle, round_, chunk, ffi.NULL) == 1:
                 lib.kmig_round_put_back(source.handle, round_, chunk)
+        assert log.sync() == 0
         for gfn in BORDERS:
             assert source.read(gfn * PAGE_BYTES, PAGE_BYTES) == destination.read(gfn * PAGE_BYTES, PAGE_BYTES)
-        assert log.sync() == 0
         assert (source.digest, source.nr_hashed) == (destination.digest, destination.nr_hashed)
+
+
+@pytest.mark.parametrize("mode", LogMode)
+def test_what_is_touched_first_in_an_empty_window_comes_in_the_next_round(mode: LogMode) -> None:
+    with GuestMemory((3 * WINDOW + 5) * PAGE_BYTES) as memory:
+        log = DirtyLog(memory, mode)
+        log.start()
+        fill(memory, [1])
+        assert copied_gfns(memory, first=True) == [1]
+        fill(memory, [WINDOW + 9, 3 * WINDOW + 4])
+        # Pages of one huge page are one to the page map, so that there may seem to be more.
+        assert 2 <= log.sync() <= 2 * 512
+        fill(memory, [WINDOW + 4000])
+        assert copied_gfns(memory, first=False) == [WINDOW + 9, WINDOW + 4000, 3 * WINDOW + 4]
+        fill(memory, [WINDOW + 9], seed=1)
+        assert log.sync() == 1, "its window is not empty any more"
+        assert copied_gfns(memory, first=False) == [WINDOW + 9]
+        assert log.sync() == 0
+
+
+@pytest.mark.parametrize("scan", [True, False], ids=["PAGEMAP_SCAN", "pagemap"])
+def test_a_first_round_is_the_same_however_residency_is_asked(scan: bool) -> None:
+    with GuestMemory((3 * WINDOW + 5) * PAGE_BYTES) as memory:
+        memory.handle.no_pagemap_scan = not scan
+        log = DirtyLog(memory, LogMode.CLEAR)
+        log.start()
+        fill(memory, [1, WINDOW, 3 * WINDOW + 4])
+        assert copied_gfns(memory, first=True) == [1, WINDOW, 3 * WINDOW + 4]
+        assert log.sync() == 0
+        fill(memory, [2 * WINDOW + 7])
+        assert log.sync() >= 1
+        assert copied_gfns(memory, first=False) == [2 * WINDOW + 7]
 
 
 @pytest.mark.parametrize(

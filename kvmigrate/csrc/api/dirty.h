@@ -12,7 +12,8 @@ int kmig_dirty_start(struct kmig_memory *memory, int mode);
 int kmig_dirty_stop(struct kmig_memory *memory);
 
 // Start a round: fetch every slot's log, add the VMM's own writes, and make the sum what is pending. Pages still
-// pending from an interrupted round stay so. Returns the number of pending pages.
+// pending from an interrupted round stay so. Returns the number of pending pages; of a window that was empty all that is
+// resident by now is one of them, written or not.
 long kmig_dirty_sync(struct kmig_memory *memory);
 
 // In KMIG_LOG_CLEAR: write-protect again the pages first + n of the slot for which bit n of bitmap is set (n under nr_pages;

@@ -18,6 +18,7 @@ struct kmig_slot {
     uint64_t *backed;         // content lies in a file mapped under the slot, touched or not
     uint64_t *pending;        // to be copied in this round
     uint64_t *pending_windows; // bit n: pending may have bits in window n; where it is 0, it has none
+    uint64_t *empty_windows;  // bit n: nothing was resident in window n; KVM's log says nothing of it, the page map does
     uint64_t *log;            // what KVM's log said at the last sync
     uint64_t *hash;           // per page: XXH3-64 as last copied out or in; 0 for a zero page
 };
