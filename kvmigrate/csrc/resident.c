@@ -8,6 +8,7 @@
 
 #define PAGEMAP_BATCH 1024
 #define SCAN_REGIONS 64
+#define HUGE_PAGES 512
 // Bits of a word of /proc/PID/pagemap (Documentation/admin-guide/mm/pagemap.rst).
 #define PAGEMAP_PRESENT (UINT64_C(1) << 63)
 #define PAGEMAP_SWAPPED (UINT64_C(1) << 62)
@@ -126,6 +127,58 @@ long kmig_memory_resident(struct kmig_memory *memory, uint32_t slot_index, uint6
     for (uint64_t word = first / 64; word < kmig_bits_words(end); word++)
         bitmap[word - first / 64] |= slot->backed[word] & kmig_bits_mask(word, first, end);
     return (long)kmig_bits_count(bitmap, 0, nr_pages);
+}
+
+struct runs {
+    uint64_t *first_and_nr;
+    uint64_t nr;
+    uint64_t most;
+};
+
+// Add pages to the last run, or as a new one. False when there is no room.
+static bool add_run(struct runs *runs, uint64_t gfn, uint64_t nr_pages)
+{
+    uint64_t *next = runs->first_and_nr + 2 * runs->nr;
+
+    if (runs->nr && next[-2] + next[-1] == gfn) {
+        next[-1] += nr_pages;
+        return true;
+    }
+    if (runs->nr == runs->most)
+        return false;
+    runs->nr++;
+    next[0] = gfn;
+    next[1] = nr_pages;
+    return true;
+}
+
+// The huge pages of the window that begins at page first. Returns 1, 0 when there is no more room, or -errno.
+static int add_window(struct kmig_memory *memory, uint32_t slot_index, uint64_t first, struct runs *runs)
+{
+    uint64_t resident[KMIG_WINDOW_PAGES / 64] = {0};
+    const struct kmig_slot *slot = &memory->slot[slot_index];
+    uint64_t end = kmig_window_end(slot, first);
+    long rc = kmig_memory_resident(memory, slot_index, first, end - first, resident);
+
+    for (uint64_t page = first; rc > 0 && page < end; page += HUGE_PAGES) {
+        uint64_t nr_pages = end - page < HUGE_PAGES ? end - page : HUGE_PAGES;
+        uint64_t at = page - first;
+        if (kmig_bits_next(resident, at, at + nr_pages) < at + nr_pages &&
+            !add_run(runs, slot->base_gfn + page, nr_pages))
+            return 0;
+    }
+    return rc < 0 ? (int)rc : 1;
+}
+
+long kmig_memory_resident_runs(struct kmig_memory *memory, uint64_t *first_and_nr, uint64_t most)
+{
+    struct runs runs = {first_and_nr, 0, most};
+    int rc = 1;
+
+    for (uint32_t i = 0; i < memory->nr_slots && rc > 0; i++)
+        for (uint64_t first = 0; first < memory->slot[i].nr_pages && rc > 0; first += KMIG_WINDOW_PAGES)
+            rc = add_window(memory, i, first, &runs);
+    return rc < 0 ? rc : (long)runs.nr;
 }
 
 int kmig_slot_find_touched(const struct kmig_memory *memory, struct kmig_slot *slot)

@@ -89,7 +89,8 @@ def _is_tap(query: socket.socket, name: str) -> bool:
 
 def _ethtool(query: socket.socket, name: str, command: int, size_bytes: int) -> bytes:
     """The answer of SIOCETHTOOL, which is asked by way of a pointer; zeros when there is none."""
-    answer = ffi.new("uint8_t[]", struct.pack("I", command).ljust(size_bytes, b"\0"))
+    answer = ffi.new("uint8_t[]", size_bytes)
+    struct.pack_into("I", ffi.buffer(answer), 0, command)
     at = int(ffi.cast("uintptr_t", answer))
     try:
         fcntl.ioctl(query, SIOCETHTOOL, struct.pack(f"{IFNAME_BYTES}sP16x", name.encode(), at))

@@ -110,19 +110,10 @@ class GuestMemory:
     def resident_runs(self, most: int) -> list[tuple[int, int]]:
         """Where :meth:`resident_bitmap` has bits, as runs of whole huge pages (first gfn, number of pages) by rising
         gfn, at most the first ``most`` of them."""
-        runs: list[tuple[int, int]] = []
-        for index, slot in enumerate(self.slots):
-            bitmap = self.resident_bitmap(index)
-            for first in range(0, slot.nr_pages, HUGE_PAGES):
-                if not any(bitmap[first // 8 : (first + HUGE_PAGES) // 8]):
-                    continue
-                gfn, nr_pages = slot.base_gfn + first, min(HUGE_PAGES, slot.nr_pages - first)
-                if runs and sum(runs[-1]) == gfn:
-                    gfn, nr_pages = runs[-1][0], runs.pop()[1] + nr_pages
-                elif len(runs) == most:
-                    return runs
-                runs.append((gfn, nr_pages))
-        return runs
+        words = ffi.new("uint64_t[]", 2 * most)
+        nr_runs = check(lib.kmig_memory_resident_runs(self.handle, words, most), "reading /proc/self/pagemap")
+        found = ffi.unpack(words, 2 * nr_runs) if nr_runs else []
+        return list(zip(found[::2], found[1::2], strict=True))
 
     def resident_pages(self) -> int:
         """How many pages may hold anything but zeros."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+# getaddrinfo needs it: a first connect should not wait for that.
+import encodings.idna  # noqa: F401
 import errno
 import os
 import select

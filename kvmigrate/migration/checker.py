@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Self
 
 from ..config import PAGE_BYTES, Address
 from ..contract import Migratable, RunState
@@ -41,21 +44,43 @@ def patience_ms(channel: Channel, machine: Migratable) -> float:
     return channel.timeout_ms + machine.memory.size_bytes / (1 << 30) * BUILD_MS_PER_GIB
 
 
-def ask_check(channel: Channel, machine: Migratable) -> CheckResult:
-    """Send the guest's state to be tried, and wait for the answer. Raises what :func:`expect` and
-    :meth:`Migratable.sample` raise."""
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """What a destination is shown of a guest that runs on: its state as frames, and where its memory is in use."""
+
+    sections: Sequence[tuple[FrameKind, bytes]]
+    resident: Sequence[tuple[int, int]]
+    """First gfn and number of pages."""
+    pause_ms: float
+    """The longest pause of the guest for it."""
+
+    @classmethod
+    def take(cls, machine: Migratable) -> Self:
+        """Sample ``machine``. Raises what :meth:`Migratable.sample` raises, and :class:`StateError` when it ended."""
+        # The guest's own exits must not wait for the interpreter meanwhile either.
+        with quiet_interpreter():
+            sampled, pause_ms = machine.sample()
+            sections = [(FrameKind.SECTION, encode(section)) for section in sampled]
+        refuse_ended(machine)
+        return cls(sections, machine.memory.resident_runs(wire.MAX_RESIDENT_RUNS), pause_ms)
+
+    @property
+    def head(self) -> Check:
+        """What announces it."""
+        size_bytes = sum(HEADER.size + len(payload) for _, payload in self.sections)
+        return Check(len(self.sections), size_bytes, PAGE_BYTES * sum(nr_pages for _, nr_pages in self.resident))
+
+
+def ask_check(
+    channel: Channel, machine: Migratable, sample: Sample, meanwhile: Callable[[], None] = lambda: None
+) -> CheckResult:
+    """Send the state of ``machine`` to be tried, do what can be done ``meanwhile``, and wait for the answer. Raises
+    what :func:`expect` raises."""
     watch = Stopwatch()
-    # The guest's own exits must not wait for the interpreter meanwhile either.
-    with quiet_interpreter():
-        sampled, pause_ms = machine.sample()
-        sections = [(FrameKind.SECTION, encode(section)) for section in sampled]
-    refuse_ended(machine)
-    size_bytes = sum(HEADER.size + len(payload) for _, payload in sections)
-    resident_bytes = PAGE_BYTES * sum(nr for _, nr in machine.memory.resident_runs(wire.MAX_RESIDENT_RUNS))
-    head = Check(len(sections), size_bytes, resident_bytes)
-    channel.send_payloads([(FrameKind.CHECK, head.to_payload()), *sections])
+    channel.send_payloads([(FrameKind.CHECK, sample.head.to_payload()), *sample.sections])
+    meanwhile()
     answer = expect(channel, FrameKind.CHECKED, patience_ms(channel, machine))
-    return CheckResult(Checked.from_payload(answer.payload), pause_ms, watch.total())
+    return CheckResult(Checked.from_payload(answer.payload), sample.pause_ms, watch.total())
 
 
 class Checker:
@@ -90,8 +115,10 @@ class Checker:
         channel.send(FrameKind.CONFIG, description)
         # Nothing in a pause should be done for the first time.
         self._machine.rehearse()
+        # While the destination builds its machine.
+        sample = Sample.take(self._machine)
         wire.expect_empty(expect(channel, FrameKind.ACCEPT).payload, FrameKind.ACCEPT)
-        return ask_check(channel, self._machine)
+        return ask_check(channel, self._machine, sample)
 
     def cancel(self, reason: KvmigrateError | None = None) -> None:
         """Ask no further, for ``reason`` or because the operator wants it."""

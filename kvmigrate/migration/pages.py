@@ -6,6 +6,7 @@ import errno
 import os
 import struct
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import zstandard
@@ -35,9 +36,8 @@ MAX_WINDOW_BYTES = 8 << 20
 """The most memory a zstd frame may ask of its reader for looking back; a chunk is 1 MiB."""
 
 
-def announce_resident(channel: Channel, memory: GuestMemory) -> None:
+def announce_resident(channel: Channel, runs: Sequence[tuple[int, int]]) -> None:
     """Tell the destination where data is about to land, if there is much of it: it touches that memory meanwhile."""
-    runs = memory.resident_runs(wire.MAX_RESIDENT_RUNS)
     if sum(nr_pages for _, nr_pages in runs) >= ANNOUNCED_PAGES:
         payload = wire.Resident(tuple(runs)).to_payload()
         channel.send_payloads([(FrameKind.RESIDENT, payload)], mandatory=False)

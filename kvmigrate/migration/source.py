@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from ..config import Address, MigrationParameters
@@ -40,7 +41,7 @@ from .address import connect
 from .asking import DECIDED, Resolved, ask_until_decided
 from .blackout import quiet_interpreter
 from .channel import Channel, expect
-from .checker import ask_check, introduce, patience_ms, require_movable
+from .checker import Sample, ask_check, introduce, patience_ms, require_movable
 from .checks import CHECK
 from .handover import (
     ENDED,
@@ -153,11 +154,13 @@ class Source:
         introduce(channel, wire.Hello(wire.FORMAT, features, self._query.uuid, self._query.epoch, self._name))
         channel.send(FrameKind.CONFIG, self._config)
         self._machine.rehearse()
+        # While the destination builds the machine.
+        sample = Sample.take(self._machine)
         accept = expect(channel, FrameKind.ACCEPT, patience_ms(channel, self._machine))
         wire.expect_empty(accept.payload, FrameKind.ACCEPT)
-        self._result = replace(self._result, check=ask_check(channel, self._machine))
+        announce = partial(announce_resident, channel, sample.resident)
+        self._result = replace(self._result, check=ask_check(channel, self._machine, sample, announce))
         self._result.require_fit(channel.peer)
-        announce_resident(channel, self._machine.memory)
         return channel
 
     def _copy(self, channel: Channel) -> tuple[PreCopy, StreamSink]:

@@ -58,6 +58,10 @@ int kmig_memory_write(struct kmig_memory *memory, uint64_t gpa, const void *data
 long kmig_memory_resident(struct kmig_memory *memory, uint32_t slot_index, uint64_t first, uint64_t nr_pages,
                           uint64_t *bitmap);
 
+// The same as runs of whole huge pages by rising gfn, up to most of them: the first gfn and the number of pages of each,
+// one after the other, in runs (2 × most words). Returns how many runs.
+long kmig_memory_resident_runs(struct kmig_memory *memory, uint64_t *runs, uint64_t most);
+
 // Touch nr_pages from gfn on so that they take no fault later.
 int kmig_memory_prefault(struct kmig_memory *memory, uint64_t gfn, uint64_t nr_pages);
 
