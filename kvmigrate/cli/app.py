@@ -117,6 +117,9 @@ def receive(
     paused: Paused = False,
     no_reboot: NoReboot = False,
     verbose: Verbose = False,
+    prefault: Annotated[
+        str, typer.Option(help="Touch so much memory while waiting, for a guest of that size.", metavar="SIZE")
+    ] = "0",
     disk: OtherDisks = None,
     net: OtherNets = None,
     console: OtherConsole = None,
@@ -125,7 +128,7 @@ def receive(
     from . import machines
 
     here = machines.host_side(name, serial, disk, net, console, no_reboot=no_reboot)
-    return machines.receive(address, here, paused=paused, verbose=verbose)
+    return machines.receive(address, here, prefault, paused=paused, verbose=verbose)
 
 
 @app.command()

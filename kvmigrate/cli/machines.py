@@ -80,12 +80,13 @@ def _show_restored(fidelity: Fidelity) -> None:
     report.restored(fidelity)
 
 
-def receive(address: str, here: HostSide, *, paused: bool, verbose: bool) -> int:
+def receive(address: str, here: HostSide, prefault: str, *, paused: bool, verbose: bool) -> int:
     """Wait for a guest and stay with it. Returns the exit status."""
-    listen_at = parse_address(address)
+    listen_at, prefault_bytes = parse_address(address), parse_size(prefault)
     from ..control import processes
 
-    return processes.run_incoming(listen_at, here, paused=paused, show=_show_restored if verbose else None)
+    show = _show_restored if verbose else None
+    return processes.run_incoming(listen_at, here, prefault_bytes=prefault_bytes, paused=paused, show=show)
 
 
 def restore(directory: Path, here: HostSide, *, clone: bool, clock: ClockPolicy, paused: bool, verbose: bool) -> int:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
 from ..config import Address, ClockPolicy, HostSide, MachineConfig
-from ..errors import ControlError
+from ..errors import ConfigError, ControlError
 from ..machine.machine import Machine
+from ..memory.region import GuestMemory
 from ..migration.journal import Entry, Journal, Role
 from ..state.fidelity import Fidelity
 from ..state.section import Value
@@ -22,6 +23,7 @@ from .ending import STATUS_STOPPED, Exit
 from .leases import leased
 
 if TYPE_CHECKING:
+    from ..memory.prefault import SpareMemory
     from .session import Session
 
 ShowFidelity = Callable[[Fidelity], None]
@@ -71,27 +73,50 @@ def run_restored(
             return _serve(claim, machine)
 
 
-def run_incoming(address: Address, here: HostSide, *, paused: bool = False, show: ShowFidelity | None = None) -> int:
-    """Wait at ``address`` for one guest, take it over and stay until it ends."""
+def run_incoming(
+    address: Address,
+    here: HostSide,
+    *,
+    prefault_bytes: int = 0,
+    paused: bool = False,
+    show: ShowFidelity | None = None,
+) -> int:
+    """Wait at ``address`` for one guest, take it over and stay until it ends. A guest with ``prefault_bytes`` of memory
+    finds all of it touched."""
     from ..machine.rehearsal import rehearse
     from ..machine.trial import TrialMachine
     from ..migration.address import Listener
 
-    with _claimed(here.name) as claim, _session(claim) as session:
+    with ExitStack() as stack:
+        session = stack.enter_context(_session(stack.enter_context(_claimed(here.name))))
         listener = Listener(address)
+        stack.callback(listener.close)
+        spare = _spare(prefault_bytes, stack)
 
         def build(value: Mapping[str, Value]) -> Machine:
-            machine = Machine.build(value, here)
+            machine = Machine.build(value, here, make_memory=spare.take if spare else GuestMemory)
             session.adopt(machine)
             return machine
 
-        examine = partial(TrialMachine.examine, here=here)
+        examine = partial(TrialMachine.examine, here=here, touched_bytes=prefault_bytes)
         # Before a source comes: it would wait for it.
         rehearse()
         if show is not None:
             session.on_arrival = show
         print(f"kvmigrate: {here.name} waits for a guest at {listener.address}", file=sys.stderr, flush=True)
         return _live(session, lambda live: live.receive(listener, build, examine, paused=paused))
+
+
+def _spare(size_bytes: int, stack: ExitStack) -> SpareMemory | None:
+    if not size_bytes:
+        return None
+    from ..machine.trial import available_bytes
+    from ..memory.prefault import SpareMemory
+
+    if size_bytes > (available := available_bytes()):
+        raise ConfigError(f"--prefault {size_bytes >> 20} MiB: this host has {available >> 20} MiB to give")
+    print(f"kvmigrate: touching {size_bytes >> 20} MiB of memory", file=sys.stderr, flush=True)
+    return stack.enter_context(closing(SpareMemory(size_bytes)))
 
 
 def _serve(claim: runtime.Claim, machine: Machine) -> int:

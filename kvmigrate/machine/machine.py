@@ -49,6 +49,7 @@ class Machine:
         log_mode: LogMode | None = None,
         *,
         reboot: bool = True,
+        make_memory: Callable[[int], GuestMemory] = GuestMemory,
     ) -> None:
         self._clock = ClockPolicy.CONTINUE
         self._reboot = reboot
@@ -63,7 +64,12 @@ class Machine:
         self.on_end: Callable[[GuestEnd], None] = lambda _: None
         self.on_reset: Callable[[GuestEnd], None] = lambda _: None
         self.platform = Platform(
-            description.memory_bytes, description.cpuid, serial, self._end_guest, description.virtio
+            description.memory_bytes,
+            description.cpuid,
+            serial,
+            self._end_guest,
+            description.virtio,
+            make_memory=make_memory,
         )
         self.description = description.completed(
             self.platform.device_versions(), self.platform.tsc_khz, self.platform.held_cpuid()
@@ -108,19 +114,23 @@ class Machine:
         log_mode: LogMode | None = None,
         clone: bool = False,
         clock: ClockPolicy = ClockPolicy.CONTINUE,
+        make_memory: Callable[[int], GuestMemory] = GuestMemory,
     ) -> Machine:
         """The empty machine that :meth:`describe` described elsewhere, in INMIGRATE: load its state, then resume.
 
         ``here`` is what it is called and has on this host; a ``clone`` is another guest than the described one;
-        ``clock`` is what its clocks will make of the time since the save. Raises :class:`BadField` for a description
-        that cannot be, :class:`RestoreRefused` when this host lacks a CPU feature that the guest knows of,
-        :class:`ConfigError` or :class:`HostError` for a part that cannot be had.
+        ``clock`` is what its clocks will make of the time since the save; ``make_memory`` gives it its RAM.
+
+        Raises :class:`BadField` for a description that cannot be, :class:`RestoreRefused` when this host lacks a CPU
+        feature that the guest knows of, :class:`ConfigError` or :class:`HostError` for a part that cannot be had.
         """
         description = Description.from_value(value)
         if clone:
             description = description.cloned()
         description = description.on(here)
-        machine = cls(description, here.serial, RunState.INMIGRATE, log_mode, reboot=here.reboot)
+        machine = cls(
+            description, here.serial, RunState.INMIGRATE, log_mode, reboot=here.reboot, make_memory=make_memory
+        )
         machine._clock = clock
         try:
             machine.platform.compare_cpuid().require()

@@ -40,11 +40,12 @@ class Platform:
         end: Callable[[GuestEnd], None],
         virtio: Sequence[VirtioSpec] = (),
         backings: Backings = HOST,
+        make_memory: Callable[[int], GuestMemory] = GuestMemory,
     ) -> None:
         self.cpuid = cpuid
         self._closers: list[Callable[[], None]] = []
         try:
-            self.memory = GuestMemory(memory_bytes)
+            self.memory = make_memory(memory_bytes)
             self._closers.append(self.memory.close)
             self.vm = self._create_vm(cpuid)
             self.pio, self.mmio = PioBus(), MmioBus()

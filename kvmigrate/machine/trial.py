@@ -30,8 +30,9 @@ class TrialMachine:
     """Implements :class:`kvmigrate.contract.Trial`. With ``parts``, what is wrong with the images and taps is found
     too, which a machine that was built already has opened."""
 
-    def __init__(self, description: Description, *, parts: bool) -> None:
+    def __init__(self, description: Description, *, parts: bool, touched_bytes: int = 0) -> None:
         self._found = Fidelity()
+        self._touched_bytes = touched_bytes
         self._platform: Platform | None = None
         self._missing = {
             spec.name: problem for spec in description.virtio if parts and (problem := part_problem(spec, self._found))
@@ -40,12 +41,15 @@ class TrialMachine:
             self._platform = self._build(description)
 
     @classmethod
-    def examine(cls, value: Mapping[str, Value], here: HostSide, *, parts: bool) -> TrialMachine:
+    def examine(
+        cls, value: Mapping[str, Value], here: HostSide, *, parts: bool, touched_bytes: int = 0
+    ) -> TrialMachine:
         """A trial of the machine that :meth:`Machine.build` would make of the same. Raises :class:`BadField`, and
-        :class:`ConfigError` for a device ``here`` that the guest does not have or memory that no host here has."""
+        :class:`ConfigError` for a device ``here`` that the guest does not have or memory that no host here has.
+        ``touched_bytes`` of memory are in use here for the guest already."""
         description = Description.from_value(value).on(here)
         # Whatever listens at the other end of a console, as of the serial port, is not bothered by a trial.
-        return cls(description.on(HostSide()), parts=parts)
+        return cls(description.on(HostSide()), parts=parts, touched_bytes=touched_bytes)
 
     def _build(self, description: Description) -> Platform:
         backings = Backings(_stand_in_disk, _stand_in_tap)
@@ -71,7 +75,7 @@ class TrialMachine:
         """See :meth:`kvmigrate.contract.Trial.load`."""
         fidelity = Fidelity()
         fidelity.merge(self._found)
-        available = available_bytes()
+        available = available_bytes() + self._touched_bytes
         if resident_bytes > available:
             why = "the guest's memory in use is more than what is free here, with the swap"
             fidelity.refused("memory", f"{resident_bytes >> 20} MiB", f"{available >> 20} MiB", why)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .goals import Goal, Group, Plan
 from .lineage import Variant
-from .moves import OURS, moves
+from .moves import OURS, PREPARED, moves
 from .qemu import QemuVariant
 from .sizes import HALF_ZERO, RESERVE_MIB, TEXT, filled, untouched, writing
 
@@ -34,7 +34,7 @@ def idle(_: Path) -> Iterator[Group]:
         QemuVariant(4, 1),
         QemuVariant(4, memfd=True),
         QemuVariant(4, zstd=True),
-        *OURS,
+        *PREPARED,
     ]
     goals = [
         Goal("1 GiB incompressible idle: total", "total ms", 0.35),
@@ -139,5 +139,5 @@ def growth_plans() -> Iterator[Plan]:
 @contextmanager
 def _growth(gib: int, _: Path) -> Iterator[Group]:
     title = f"Growth: idle guest with {gib} GiB of incompressible data, loopback"
-    with moves(title, filled(gib * 1024 + RESERVE_MIB), [QemuVariant(4), *OURS]) as group:
+    with moves(title, filled(gib * 1024 + RESERVE_MIB), [QemuVariant(4), *PREPARED]) as group:
         yield group

@@ -18,6 +18,8 @@ TIMEOUT_S = 30.0
 MOVE_FIGURES = ["total ms", "blackout ms"]
 OURS = [OurVariant()]
 """kvmigrate's rows; a way to move that must be asked for is one more."""
+PREPARED = [*OURS, OurVariant("prefault", prefault=True)]
+"""With a destination that was told the guest's size beforehand."""
 
 
 @contextmanager

@@ -23,6 +23,8 @@ class OurVariant:
     name: str = ""
     parameters: Mapping[str, Any] = field(default_factory=dict)
     """Migration parameters that are not left as they are by default."""
+    prefault: bool = False
+    """Whether the destination has touched the guest's memory before it comes, as QEMU's with prealloc."""
     key = "kvmigrate"
     """Rows with equal keys move the same guest on."""
 
@@ -35,7 +37,8 @@ class OurVariant:
 
     def receive(self, directory: Path, guest: Guest, prefix: Sequence[str], uri: str) -> Vm:
         """A process that waits for a guest."""
-        return Ours(directory, guest, "receive", uri, prefix=prefix).connect()
+        prefault = ["--prefault", f"{guest.memory_mib}M"] if self.prefault else []
+        return Ours(directory, guest, "receive", uri, *prefault, prefix=prefix).connect()
 
     def prepare(self, source: Vm) -> None:
         """Set the source's parameters."""

@@ -83,6 +83,8 @@ ERRORS = [
     (["restore", "absent", "--console", "stdio"], "--serial and --console cannot both be stdio"),
     (["receive", "http://localhost"], "is not an address: write tcp://HOST:PORT"),
     (["receive", "tcp://localhost:99999"], "is not an address"),
+    (["receive", "tcp://127.0.0.1:0", "--prefault", "9999G"], "--prefault 10238976 MiB: this host has"),
+    (["receive", "tcp://127.0.0.1:0", "--prefault", "lots"], "'lots' is not a size"),
     (["send", "vm", "nowhere"], "is not an address"),
     (["check", "vm", "nowhere"], "is not an address"),
     (["check", "vm", "tcp://h:1", "--timeout", "soon"], "is not a duration"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -85,6 +86,19 @@ def test_a_guest_is_sent_with_figures_for_programs_and_goes_on(host: Host) -> No
         assert after.status == 0 and f"incoming migration at {address}: completed\n" in after.out
         assert host("stop", "two").status == 0
         assert ended(target)[0] == 8
+    assert host.left_behind == []
+
+
+@pytest.mark.parametrize("prefault", ["64M", "32M"], ids=["of its size", "of another size"])
+def test_a_guest_goes_to_a_destination_that_touched_memory_before_it_came(host: Host, prefault: str) -> None:
+    log = f"file:{host.directory / 'two.log'}"
+    with busy_guest(host, "one"), waiting(host, "two", "--serial", log, "--prefault", prefault) as (target, address):
+        size_kib = int(prefault.removesuffix("M")) << 10
+        status = Path(f"/proc/{target.pid}/status").read_text()
+        assert int(re.search(r"RssAnon:\s+(\d+) kB", status)[1]) > size_kib  # type: ignore[index]
+        assert host("send", "one", address).status == 0
+        runs_on(host, "two")
+        assert host("stop", "two").status == 0
     assert host.left_behind == []
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import re
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -239,6 +240,9 @@ def waiting(host: Host, name: str, *options: str) -> Iterator[tuple[subprocess.P
     with host.start("receive", "tcp://127.0.0.1:0", "--name", name, "--serial", "null", *options) as process:
         assert process.stderr is not None
         said = process.stderr.readline()
+        if "--prefault" in options:
+            assert re.fullmatch(r"kvmigrate: touching \d+ MiB of memory\n", said)
+            said = process.stderr.readline()
         assert said.startswith(f"kvmigrate: {name} waits for a guest at tcp://127.0.0.1:"), said
         wait_until(host.socket(name).exists, f"the socket of {name}")
         yield process, said.split()[-1]

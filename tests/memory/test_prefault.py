@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from kvmigrate.memory.prefault import Prefault
+from kvmigrate.memory.prefault import Prefault, SpareMemory
 from kvmigrate.memory.region import HUGE_PAGES, GuestMemory
 
 MIB = 1 << 20
@@ -41,6 +41,17 @@ def test_a_stopped_prefault_touches_nothing_more() -> None:
         before = memory.resident_pages()
         time.sleep(0.05)
         assert memory.resident_pages() == before < 256 * 1024
+
+
+def test_spare_memory_goes_touched_to_a_guest_of_its_size_and_to_no_other() -> None:
+    spare = SpareMemory(32 * MIB)
+    with spare.take(32 * MIB) as memory, spare.take(32 * MIB) as second:
+        assert memory.resident_pages() == 8192
+        assert second.resident_pages() == 0, "it was taken already"
+    spare = SpareMemory(32 * MIB)
+    with spare.take(16 * MIB) as other:
+        assert (other.size_bytes, other.resident_pages()) == (16 * MIB, 0)
+    spare.close()
 
 
 @pytest.mark.parametrize("run", [(1 << 40, 512), (8191, 2)])
