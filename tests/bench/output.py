@@ -28,6 +28,8 @@ class Output:
         self._directory = directory
         self._began = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
         self._facts = facts() | {"load before": load()}
+        self.left_out: list[str] = []
+        """Groups for which there was no time."""
         directory.mkdir(parents=True, exist_ok=True)
         for old in directory.glob("*.svg"):
             old.unlink()
@@ -49,6 +51,9 @@ class Output:
         lines = [f"- date: {self._began}", *(f"- {name}: {value}" for name, value in self._facts.items())]
         texts = [INTRODUCTION, "## Machine\n\n" + "\n".join([*lines, "- command: `make bench`"]) + "\n"]
         texts += ["## Goals\n", goals_table(verdict for group in groups for verdict in group.verdicts()), ""]
+        if self.left_out:
+            names = ", ".join(f"`{name}`" for name in self.left_out)
+            texts += [f"No time was left for {names}: `--only` measures them, or `--minutes 60` all.\n"]
         texts += ["## Plots\n", *(f"![{title}]({name})\n" for name, title in drawn)]
         texts += ["## Figures\n", *(section(group, runs.get(group.name, 1)) for group in groups)]
         return "\n".join(texts)

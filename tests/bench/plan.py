@@ -1,6 +1,6 @@
-"""All that ``make bench`` measures, in order, and how often: all of it is to take less than twenty minutes.
+"""All that ``make bench`` measures, in order, and how often.
 
-What a goal is held against comes first, since late rows are run once only when the time is over.
+What a goal is held against comes first: the rest is left out when the time is over.
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ class Vm:
 
     def resident_guest_kib(self) -> int:
         """How much of guest RAM is resident: the sum of the mappings that are too large to be anything else."""
-        at_least = min(self.guest.memory_mib * KIB // 2, 2 * KIB * KIB)
+        at_least = min(self.guest.memory_mib * KIB // 2, KIB * KIB // 2)
         total = size = 0
         for line in Path(f"/proc/{self.pid}/smaps").read_text().splitlines():
             if match := re.match(r"(Size|Rss): +(\d+) kB", line):
