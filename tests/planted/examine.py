@@ -58,7 +58,14 @@ def witness_directory(world: World) -> Path:
 
 
 def examine_hop(
-    world: World, *, cpus: int = 1, hops: int = 1, compression: str = "none", cap: int = 64 << 20, **guest: Any
+    world: World,
+    *,
+    cpus: int = 1,
+    hops: int = 1,
+    compression: str = "none",
+    cap: int = 64 << 20,
+    downtime_limit_ms: int = 300,
+    **guest: Any,
 ) -> Findings:
     """Move a guest, booted as :func:`boot` says, and ask all oracles; up to ``hops`` times, until one objects.
 
@@ -69,7 +76,8 @@ def examine_hop(
     for _ in range(hops):
         address = world.tcp()
         destination = world.receive(address)
-        job = migrate(source, address, **{"max-bandwidth": cap, "x-kvmigrate-compression": compression})
+        parameters = {"max-bandwidth": cap, "downtime-limit": downtime_limit_ms, "x-kvmigrate-compression": compression}
+        job = migrate(source, address, **parameters)
         if job["status"] != "completed":
             found.objections["handover"] = str(job.get("error", {}).get("desc", job["status"]))
             break

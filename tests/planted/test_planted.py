@@ -26,8 +26,9 @@ HOP, HOP_TWO, HOP_BUSY = examine_hop, partial(examine_hop, cpus=2), partial(exam
 # The core clears the log in windows of 8192 pages. A quarter of this guest's pages are the 64 before the second one.
 # What is lost is soon written again, so it takes a few hops until one page is lost for good.
 HOP_BORDER = partial(examine_hop, hops=6, rate=30, pages=256, memory=str((8192 + 64) << 12))
-# Rounds enough for pages to come as what changed in them, twice: the agreement on it takes up to two rounds.
-HOP_DELTA = partial(examine_hop, rate=0, compression="zstd", cap=4 << 20)
+# Pages are to come as what changed in them at least twice, and the agreement on it takes two rounds. With this limit
+# rounds go on for a while, until changes make up for the whole pages of the first two, and come to an end.
+HOP_DELTA = partial(examine_hop, rate=0, compression="zstd", cap=4 << 20, downtime_limit_ms=800)
 NO_COMMIT, NO_RUNNING = (partial(examine_stall, kind=kind) for kind in (FrameKind.COMMIT, FrameKind.RUNNING))
 
 
