@@ -20,7 +20,7 @@ from .custody import Custody
 from .delta import DELTA, Offer
 from .handover import rehearse
 from .pages import PAGES_DELTA, PAGES_ZSTD, Decompressor
-from .trying import answer_check, read_description
+from .trying import answer_check, close_aside, read_description
 
 
 class State(Enum):
@@ -122,7 +122,7 @@ class Incoming:
 
     def _check(self, frame: Frame) -> State:
         # Not on the machine that the guest is to have: what a load starts (timers, a clock) would go on in it.
-        answer_check(self._channel, frame, lambda: self._examiner(self._description, parts=False))
+        answer_check(self._channel, frame, lambda: self._examiner(self._description, parts=False), close_aside)
         return State.RECEIVING
 
     def _resident(self, frame: Frame) -> State:

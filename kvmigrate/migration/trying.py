@@ -36,9 +36,16 @@ def read_description(frame: Frame, hello: wire.Hello) -> Mapping[str, Value]:
     return description
 
 
-def answer_check(channel: Channel, frame: Frame, make_trial: Callable[[], Trial]) -> None:
-    """Take the sections that the CHECK ``frame`` announces, try them and say CHECKED. Raises :class:`StreamError` and
-    :class:`ChannelError`; that this host cannot hold the state is no error but the answer."""
+def close_aside(trial: Trial) -> None:
+    """Close ``trial`` in a thread: the kernel takes 15 ms for it, for which the pages of a move need not wait."""
+    threading.Thread(target=trial.close, name="trial's end").start()
+
+
+def answer_check(
+    channel: Channel, frame: Frame, make_trial: Callable[[], Trial], discard: Callable[[Trial], None]
+) -> None:
+    """Take the sections that the CHECK ``frame`` announces, try them, say CHECKED, and ``discard`` the trial. Raises
+    :class:`StreamError` and :class:`ChannelError`; that this host cannot hold the state is no error but the answer."""
     check = Check.from_payload(frame.payload)
     channel.read_ahead(check.sections_bytes)
     sections = [decode(expect(channel, FrameKind.SECTION).payload) for _ in range(check.sections)]
@@ -51,8 +58,7 @@ def answer_check(channel: Channel, frame: Frame, make_trial: Callable[[], Trial]
         checked = Checked.of(fidelity, build_ms, watch.lap())
         channel.send_payloads([(FrameKind.CHECKED, checked.to_payload())])
     finally:
-        # Closing a VM takes 15 ms, in the kernel: neither the source nor its pages need wait for that.
-        threading.Thread(target=trial.close, name="trial's end").start()
+        discard(trial)
 
 
 class _NoTrial:
@@ -87,7 +93,8 @@ def serve_check(channel: Channel, hello: wire.Hello, examiner: Examiner) -> None
         channel.send(FrameKind.ACCEPT, {})
         frame = budget.expect(FrameKind.CHECK)
         budget.spend()
-        answer_check(channel, frame, lambda: examiner(description, parts=True))
+        # Not aside: whoever asks for one check after the other is to have one machine at a time.
+        answer_check(channel, frame, lambda: examiner(description, parts=True), lambda trial: trial.close())
     except (ChannelError, PeerFailed):
         pass
     except Exception as error:  # also a fault of our own, which must not end the one who waits
