@@ -98,7 +98,10 @@ def run_incoming(
             session.adopt(machine)
             return machine
 
-        examine = partial(TrialMachine.examine, here=here, touched_bytes=prefault_bytes)
+        def examine(description: Mapping[str, Value], *, parts: bool) -> TrialMachine:
+            touched_bytes = spare.touched_bytes if spare else 0
+            return TrialMachine.examine(description, here, parts=parts, touched_bytes=touched_bytes)
+
         # Before a source comes: it would wait for it.
         rehearse()
         if show is not None:

@@ -52,6 +52,8 @@ class SpareMemory:
 
     def __init__(self, size_bytes: int) -> None:
         self._memory: GuestMemory | None = GuestMemory(size_bytes)
+        self.touched_bytes = size_bytes
+        """What is in use for the guest already, whether it has come or not; 0 once that was given back."""
         try:
             for slot in self._memory.slots:
                 # In pieces, so that a signal is not left waiting for all of it.
@@ -63,11 +65,10 @@ class SpareMemory:
 
     def take(self, size_bytes: int) -> GuestMemory:
         """Memory for one guest: this, if it is as large and not taken yet; else new memory, and this is given back."""
-        memory, self._memory = self._memory, None
-        if memory is not None and memory.size_bytes == size_bytes:
+        if self._memory is not None and self._memory.size_bytes == size_bytes:
+            memory, self._memory = self._memory, None
             return memory
-        if memory is not None:
-            memory.close()
+        self.close()
         return GuestMemory(size_bytes)
 
     def close(self) -> None:
@@ -75,3 +76,4 @@ class SpareMemory:
         memory, self._memory = self._memory, None
         if memory is not None:
             memory.close()
+            self.touched_bytes = 0

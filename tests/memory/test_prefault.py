@@ -48,9 +48,10 @@ def test_spare_memory_goes_touched_to_a_guest_of_its_size_and_to_no_other() -> N
     with spare.take(32 * MIB) as memory, spare.take(32 * MIB) as second:
         assert memory.resident_pages() == 8192
         assert second.resident_pages() == 0, "it was taken already"
+        assert spare.touched_bytes == 32 * MIB
     spare = SpareMemory(32 * MIB)
     with spare.take(16 * MIB) as other:
-        assert (other.size_bytes, other.resident_pages()) == (16 * MIB, 0)
+        assert (other.size_bytes, other.resident_pages(), spare.touched_bytes) == (16 * MIB, 0, 0)
     spare.close()
 
 
