@@ -55,7 +55,7 @@ test: deps-test dev lint ## Set up everything, run all tests
 test-hosts: deps-test dev ## Move Linux a hundred times between two emulated hosts; takes hours
 	@KVMIGRATE_HOPS=$${KVMIGRATE_HOPS:-100} $(BIN)/pytest tests/emulated/test_two_hosts.py $(PYTEST_ARGS)
 
-bench: deps-test dev ## Measure against QEMU on this machine, for twenty minutes; writes docs/benchmarks
+bench: deps-test dev ## Measure against QEMU, beginning nothing after 17 minutes; writes docs/benchmarks
 	@$(BIN)/python -m tests.bench $(BENCH_ARGS)
 
 evidence: dev ## Plant every fault again and write the table of docs/evidence.md

@@ -75,6 +75,7 @@ def main() -> int:
             groups.append(measure(plan, runs, files, until))
             print(section(groups[-1], runs), flush=True)
             output.write(groups, runs={one.name: asked.runs or one.runs for one in PLANS})
+        # Once more, with what was left out.
         output.write(groups, runs={one.name: asked.runs or one.runs for one in PLANS})
     return int(any(row.failures for group in groups for row in group.rows if row.ours))
 

@@ -53,7 +53,7 @@ class Output:
         texts += ["## Goals\n", goals_table(verdict for group in groups for verdict in group.verdicts()), ""]
         if self.left_out:
             names = ", ".join(f"`{name}`" for name in self.left_out)
-            texts += [f"No time was left for {names}: `--only` measures them, or `--minutes 60` all.\n"]
+            texts += [f"No time was left for {names}: `--only` measures them, or more `--minutes`.\n"]
         texts += ["## Plots\n", *(f"![{title}]({name})\n" for name, title in drawn)]
         texts += ["## Figures\n", *(section(group, runs.get(group.name, 1)) for group in groups)]
         return "\n".join(texts)
