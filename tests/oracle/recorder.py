@@ -20,6 +20,13 @@ class SerialLog:
     side: str
     chunks: list[tuple[float, bytes]] = field(default_factory=list)
     connection: socket.socket | None = None
+    arrival: threading.Condition = field(default_factory=threading.Condition, repr=False, compare=False)
+
+    def append(self, data: bytes) -> None:
+        """Record what has come just now, and wake those who wait for it."""
+        with self.arrival:
+            self.chunks.append((time.monotonic(), data))
+            self.arrival.notify_all()
 
     @property
     def data(self) -> bytes:
@@ -44,18 +51,16 @@ class SerialLog:
 
     def wait_for(self, text: str, timeout_s: float = 60.0) -> None:
         """Return once ``text`` has been received. Raises :class:`AssertionError` after ``timeout_s``."""
-        deadline = time.monotonic() + timeout_s
-        while text not in self.text:
-            assert time.monotonic() < deadline, f"{self.side} never wrote {text!r}; it wrote {self.text[-300:]!r}"
-            time.sleep(0.005)
+        with self.arrival:
+            come = self.arrival.wait_for(lambda: text in self.text, timeout_s)
+        assert come, f"{self.side} never wrote {text!r}; it wrote {self.text[-300:]!r}"
 
     def wait_bytes(self, count: int, timeout_s: float = 60.0) -> None:
         """Return once ``count`` more bytes have come."""
         wanted = len(self.data) + count
-        deadline = time.monotonic() + timeout_s
-        while len(self.data) < wanted:
-            assert time.monotonic() < deadline, f"{self.side} is silent; it wrote {self.text[-300:]!r}"
-            time.sleep(0.002)
+        with self.arrival:
+            come = self.arrival.wait_for(lambda: len(self.data) >= wanted, timeout_s)
+        assert come, f"{self.side} is silent; it wrote {self.text[-300:]!r}"
 
 
 class Recorder:
@@ -116,7 +121,7 @@ class Recorder:
         except OSError:
             data = b""
         if data:
-            log.chunks.append((time.monotonic(), data))
+            log.append(data)
         else:
             self._selector.unregister(connection)
             connection.close()

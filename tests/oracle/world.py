@@ -23,6 +23,8 @@ from .recorder import Recorder, SerialLog
 
 READY_S = 60.0
 END_S = 60.0
+POLL_S = 0.01
+"""How often to look; an emulated processor does little else at this rate."""
 POWERED_OFF, ERROR, CRASHED, MOVED, STOPPED = 0, 2, 4, 6, 8
 ENDED = ("completed", "failed", "cancelled", "commit-unknown")
 LAUNCHER = Path(__file__).with_name("launcher.py")
@@ -65,7 +67,7 @@ class Process:
         deadline = time.monotonic() + timeout_s
         while (found := self.status()) not in wanted:
             assert time.monotonic() < deadline, f"{self.name} is {found}, not {' or '.join(wanted)}: {self.stderr}"
-            time.sleep(0.01)
+            time.sleep(POLL_S)
         return found
 
     def wait_ready(self) -> None:
@@ -74,7 +76,7 @@ class Process:
         while self.status() == "gone":
             assert self.popen.poll() is None, f"{self.name} ended with {self.popen.returncode}: {self.stderr}"
             assert time.monotonic() < deadline, f"{self.name} does not answer: {self.stderr}"
-            time.sleep(0.01)
+            time.sleep(POLL_S)
 
     def wait_end(self, timeout_s: float = END_S) -> int:
         """The exit status."""
@@ -196,7 +198,7 @@ def wait_job(client: Client, timeout_s: float = END_S) -> Mapping[str, Any]:
         if job["status"] in ENDED:
             return job
         assert time.monotonic() < deadline, f"still {job['status']}"
-        time.sleep(0.02)
+        time.sleep(2 * POLL_S)
 
 
 @contextmanager
@@ -222,7 +224,7 @@ def wait_listening(address: str) -> None:
     deadline = time.monotonic() + READY_S
     while not is_listening(address):
         assert time.monotonic() < deadline, f"nobody listens at {address}"
-        time.sleep(0.01)
+        time.sleep(POLL_S)
 
 
 def is_listening(address: str) -> bool:

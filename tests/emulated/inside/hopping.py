@@ -172,6 +172,7 @@ def switch_off(guest: Process) -> None:
 
 def main(here: int, hops: int, cpus: int, saves: int) -> None:
     """Take part in ``hops`` moves, an even number: the guest ends or is saved where it was booted."""
+    worlds.POLL_S = 0.1
     worlds.READY_S = worlds.END_S = PATIENCE_S
     with open_world() as world:
         digests = watch(world)

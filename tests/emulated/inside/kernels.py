@@ -31,6 +31,7 @@ POWER_PRESSED = "0001 0074 0001 0000"
 def patient() -> Iterator[None]:
     """A Python that starts in an emulated processor takes seconds."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(worlds, "POLL_S", 0.1)
         patch.setattr(worlds, "READY_S", BOOT_S)
         patch.setattr(worlds, "END_S", BOOT_S)
         yield

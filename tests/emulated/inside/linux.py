@@ -32,6 +32,7 @@ CLOCK = "cat /sys/devices/system/clocksource/clocksource0/current_clocksource"
 @pytest.fixture
 def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     # A Python that starts in an emulated processor takes seconds.
+    monkeypatch.setattr(worlds, "POLL_S", 0.1)
     monkeypatch.setattr(worlds, "READY_S", 150.0)
     monkeypatch.setattr(worlds, "END_S", 150.0)
     with open_world() as opened:

@@ -24,6 +24,7 @@ UNSTABLE = re.compile(r"vcpu\d+\.tsc_offset:|vm\.pic_master\.irr: 0 -> 1$")
 @pytest.fixture
 def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     # A Python that starts in an emulated processor takes seconds.
+    monkeypatch.setattr(worlds, "POLL_S", 0.1)
     monkeypatch.setattr(worlds, "READY_S", 150.0)
     with open_world() as opened:
         yield opened
