@@ -11,7 +11,7 @@ from kvmigrate.errors import ControlError
 from kvmigrate.state.frame import FrameKind
 
 from ..oracle.heartbeat import judge, require_progress
-from ..oracle.world import MOVED, Process, World, free_port, migrate, wait_job
+from ..oracle.world import MOVED, Process, World, migrate, wait_job, wait_listening
 from .proxy import Proxy, Strike
 
 GUEST = "beat=10 pages=200 fill=8 irq=1 state=1"
@@ -22,17 +22,47 @@ ENDED_S = 30.0
 
 @dataclass
 class Traveller:
-    """The guest that goes through the cells, wherever it is now; a new one is booted when it was lost."""
+    """The guest that goes through the cells, wherever it is now; a new one is booted when it was lost. ``next_place``
+    starts up while the place before it is put to use: destinations are used in the order in which they were started."""
 
     world: World
     process: Process | None = None
     first_log: int = 0
+    next_place: tuple[Process, str] | None = None
 
     def source(self) -> Process:
         if self.process is None:
             self.first_log = len(self.world.processes)
             self.process = self.world.run("ledger", GUEST, memory=MEMORY, name=f"vm{self.first_log}")
         return self.process
+
+    def receive(self) -> tuple[Process, str]:
+        """A destination that listens, and its address."""
+        process, address = self.next_place or self._start_place()
+        process.wait_ready()
+        wait_listening(address)
+        self.next_place = self._start_place()
+        return process, address
+
+    def _start_place(self) -> tuple[Process, str]:
+        address = self.world.tcp()
+        return self.world.start("receive", f"vm{len(self.world.processes)}", address), address
+
+    def hop(self) -> None:
+        """Migrate as if nothing had been."""
+        source = self.source()
+        destination, address = self.receive()
+        job = migrate(source, address)
+        assert job["status"] == "completed", job
+        status = source.wait_end()
+        assert status == MOVED, f"exit status {status}: {source.stderr} {destination.stderr}"
+        self.moved_to(destination)
+
+    def forget(self) -> None:
+        """End all there is; the next cell begins with a new guest."""
+        for process in self.world.processes:
+            process.kill()
+        self.process = self.next_place = None
 
     def require_one_guest(self) -> None:
         """Raise :class:`OracleError` unless the guest ran in one place at any time, so far."""
@@ -41,9 +71,7 @@ class Traveller:
     def lost(self) -> None:
         """The guest is gone with its host; that may be, but not that it ran twice before."""
         self.require_one_guest()
-        for process in self.world.processes:
-            process.kill()
-        self.process = None
+        self.forget()
 
     def moved_to(self, process: Process) -> None:
         self.process = process
@@ -63,7 +91,6 @@ class Attempt:
 
     def require_source_goes_on(self) -> None:
         """The guest runs at the source, the destination never ran it and ends with one line, and the next try works."""
-        world = self.traveller.world
         job = self.settled_job()
         assert job["status"] in ("failed", "cancelled"), job
         assert "\n" not in job["error"]["desc"]
@@ -72,8 +99,7 @@ class Attempt:
         self.proxy.drop()
         self.end_destination()
         assert not self.destination.log.chunks, "the guest ran at the destination too"
-        destination = world.hop(self.source, world.tcp())
-        self.traveller.moved_to(destination)
+        self.traveller.hop()
 
     def end_destination(self, word: str = "--discard") -> None:
         """The destination ends by itself or, after READY, by the operator's word; with the reason in one line."""
@@ -116,9 +142,8 @@ class Attempt:
 def attempt(traveller: Traveller, strike: Strike) -> Attempt:
     """Migrate through a proxy with ``strike``; returns once the source has a result, is in doubt or is dead."""
     source = traveller.source()
-    port = free_port()
-    destination = traveller.world.receive(f"tcp://127.0.0.1:{port}")
-    proxy = Proxy(("127.0.0.1", port), strike).__enter__()
+    destination, address = traveller.receive()
+    proxy = Proxy(("127.0.0.1", int(address.rpartition(":")[2])), strike).__enter__()
     victims = {"kill-source": source, "kill-destination": destination}
     if strike.victim in victims:
         strike.call = victims[strike.victim].kill

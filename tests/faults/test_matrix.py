@@ -40,9 +40,7 @@ def forget_after_failure(traveller: Traveller, request: pytest.FixtureRequest) -
     failed = request.session.testsfailed
     yield
     if request.session.testsfailed != failed:
-        for process in traveller.world.processes:
-            process.kill()
-        traveller.process = None
+        traveller.forget()
 
 
 def skip_of(kind: FrameKind) -> int:
@@ -101,7 +99,7 @@ def test_destination_dies_before_ready(traveller: Traveller, kind: FrameKind) ->
     assert cell.settled_job()["status"] == "failed"
     assert cell.source.status() == "running"
     require_progress(cell.source.log, 3)
-    traveller.moved_to(traveller.world.hop(cell.source, traveller.world.tcp()))
+    traveller.hop()
 
 
 @pytest.mark.parametrize("kind", [READY, COMMIT])
@@ -114,7 +112,7 @@ def test_destination_dies_before_it_runs(traveller: Traveller, kind: FrameKind) 
     assert done.returncode == 0, done.stderr
     cell.source.wait_status("running")
     require_progress(cell.source.log, 3)
-    traveller.moved_to(traveller.world.hop(cell.source, traveller.world.tcp()))
+    traveller.hop()
 
 
 def test_destination_dies_as_it_runs(traveller: Traveller) -> None:
