@@ -143,7 +143,7 @@ def test_a_send_is_cancelled_by_the_verb_and_by_ctrl_c(host: Host) -> None:
 
 
 def test_a_guest_that_ends_on_its_way_ends_both_sides_cleanly(host: Host) -> None:
-    with busy_guest(host, "one", "seconds=10") as source, waiting(host, "two") as (target, address):
+    with busy_guest(host, "one", "seconds=6") as source, waiting(host, "two") as (target, address):
         done = host("send", "one", address, "--bandwidth", "1M")
         assert done.status == 2
         assert done.err == "kvmigrate: the guest came to its end: it switched itself off\n"

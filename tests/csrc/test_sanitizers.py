@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,13 @@ OPTIONS = {
     "ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1:exitcode=99",
     "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1:exitcode=99",
     "PYTHONMALLOC": "malloc",
+}
+
+# Those that time things or drive a guest for long are about the kernel's behaviour, not about the core's memory.
+LEFT_OUT = "bandwidth or untouched or while_rounds_run or counters_can"
+RUNS = {
+    "memory": ["tests/memory", "-k", f"not ({LEFT_OUT})"],
+    "devices": ["tests/devices/virtio", "tests/devices/test_serial.py"],
 }
 
 
@@ -36,18 +45,19 @@ def env() -> dict[str, str]:
     return OPTIONS | {"LD_PRELOAD": " ".join(names)}
 
 
-@pytest.mark.timeout(200)
-def test_the_memory_tests_find_no_fault_under_the_sanitizers(sanitized: Path, env: dict[str, str]) -> None:
-    # Those that time things or drive a guest for long are about the kernel's behaviour, not about the core's memory.
-    skipped = "bandwidth or untouched or while_rounds_run or counters_can"
-    result = run_pytest(sanitized, ["tests/memory", "-k", f"not ({skipped})"], env, timeout_s=120)
-    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
-    assert " passed" in result.stdout
+@pytest.fixture(scope="module")
+def results(sanitized: Path, env: dict[str, str]) -> Iterator[dict[str, Future[subprocess.CompletedProcess[str]]]]:
+    """Both runs at once: each keeps little more than one processor busy."""
+    with ThreadPoolExecutor(len(RUNS)) as pool:
+        yield {name: pool.submit(run_pytest, sanitized, arguments, env, 180) for name, arguments in RUNS.items()}
 
 
-@pytest.mark.timeout(200)
-def test_devices_and_hostile_drivers_find_no_fault_under_the_sanitizers(sanitized: Path, env: dict[str, str]) -> None:
-    result = run_pytest(sanitized, ["tests/devices/virtio", "tests/devices/test_serial.py"], env, timeout_s=180)
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("name", RUNS)
+def test_the_tests_of_memory_and_devices_find_no_fault_under_the_sanitizers(
+    results: dict[str, Future[subprocess.CompletedProcess[str]]], name: str
+) -> None:
+    result = results[name].result()
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
     assert " passed" in result.stdout
 
