@@ -27,7 +27,7 @@ from .inside.hopping import ADDRESSES
 from .inside.linux import unexplained
 
 LONG = "KVMIGRATE_HOPS" in os.environ
-HOPS = int(os.environ.get("KVMIGRATE_HOPS", "6"))
+HOPS = int(os.environ.get("KVMIGRATE_HOPS", "4"))
 GUEST_CPUS: tuple[int, ...] = (1, 2) if LONG else (2,)
 TIMEOUT_S = 600 + 120 * HOPS
 DISK_BYTES = 2 << 20

@@ -31,7 +31,7 @@ ADDRESSES = ("10.77.0.1", "10.77.0.2")
 GUEST_ADDRESS = "10.77.0.3"
 RESOURCES = ("--net", "lan=tap:tap0", "--disk", "data=/dev/vda")
 # At these hops, counted within ten, the link fails for a while, or the destination's process dies in the middle.
-CUT, KILLED = 2, 5
+CUT, KILLED = 2, 3
 CUT_S, SOME_PAGES = 3.0, 1000
 # An emulated network carries little, and what counts here is not how long the guest waits.
 FAST = {"max-bandwidth": 0, "downtime-limit": 5000, "x-kvmigrate-timeout": 60_000}
