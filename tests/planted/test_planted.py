@@ -23,7 +23,7 @@ from .table import write_table
 
 pytestmark = pytest.mark.timeout(600)
 ROOT = Path(__file__).parents[2]
-AT_ONCE = 3
+AT_ONCE = 2
 HOP, HOP_TWO, HOP_BUSY = examine_hop, partial(examine_hop, cpus=2), partial(examine_hop, rate=0)
 # The core clears the log in windows of 8192 pages. A quarter of this guest's pages are the 64 before the second one.
 # What is lost is soon written again, so it takes a few hops until one page is lost for good.
@@ -32,6 +32,7 @@ HOP_BORDER = partial(examine_hop, hops=6, rate=30, pages=256, memory=str((8192 +
 # rounds go on for a while, until changes make up for the whole pages of the first two, and come to an end.
 HOP_DELTA = partial(examine_hop, rate=0, compression="zstd", cap=4 << 20, downtime_limit_ms=800)
 NO_COMMIT, NO_RUNNING = (partial(examine_stall, kind=kind) for kind in (FrameKind.COMMIT, FrameKind.RUNNING))
+PATIENT = (HOP, HOP_TWO, examine_snapshot)
 
 
 @dataclass(frozen=True)
@@ -105,13 +106,17 @@ def examine_planted(fault: Fault, **environment: str) -> Findings:
 
 
 @pytest.fixture(scope="module")
-def in_python(request: pytest.FixtureRequest) -> Iterator[dict[Fault, Future[Findings]]]:
-    """The runs of those chosen faults that are planted in Python, a few at once: most of each is to wait in vain for a
-    guest that does not go on. Those in C are only seen by a guest that writes fast enough, and run alone."""
+def beside(request: pytest.FixtureRequest) -> Iterator[dict[Fault, Future[Findings]]]:
+    """The runs of those chosen faults that need no quiet: most of each is to wait in vain for a guest that does not go
+    on, so a few run at once. What is planted in C is only seen by a guest that writes fast enough."""
     chosen = [item.callspec.params.get("fault") for item in request.session.items if hasattr(item, "callspec")]
     faults = [fault for fault in chosen if isinstance(fault, Fault) and not fault.in_c]
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        yield {fault: pool.submit(examine_planted, fault, KVMIGRATE_TEST_FAULT=fault.name) for fault in faults}
+        yield {
+            fault: pool.submit(examine_planted, fault, KVMIGRATE_TEST_FAULT=fault.name)
+            for fault in faults
+            if fault.examine in PATIENT
+        }
 
 
 @pytest.mark.parametrize("fault", PLANTED, ids=lambda fault: f"{fault.name}-{'c' if fault.in_c else 'py'}")
@@ -119,8 +124,10 @@ def test_planted_fault_is_caught(request: pytest.FixtureRequest, fault: Fault) -
     if fault.in_c:
         build = request.getfixturevalue("faulty_build")
         found = examine_planted(fault, PYTHONPATH=str(build), KVMIGRATE_PLANT=fault.name)
+    elif fault.examine in PATIENT:
+        found = request.getfixturevalue("beside")[fault].result()
     else:
-        found = request.getfixturevalue("in_python")[fault].result()
+        found = examine_planted(fault, KVMIGRATE_TEST_FAULT=fault.name)
     caught[fault] = found
     print(found.objections)
     assert found.objections, f"nobody noticed: {fault.what}"
