@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,7 +22,6 @@ from .table import write_table
 
 pytestmark = pytest.mark.timeout(600)
 ROOT = Path(__file__).parents[2]
-AT_ONCE = 2
 HOP, HOP_TWO, HOP_BUSY = examine_hop, partial(examine_hop, cpus=2), partial(examine_hop, rate=0)
 # The core clears the log in windows of 8192 pages. A quarter of this guest's pages are the 64 before the second one.
 # What is lost is soon written again, so it takes a few hops until one page is lost for good.
@@ -32,7 +30,6 @@ HOP_BORDER = partial(examine_hop, hops=6, rate=30, pages=256, memory=str((8192 +
 # rounds go on for a while, until changes make up for the whole pages of the first two, and come to an end.
 HOP_DELTA = partial(examine_hop, rate=0, compression="zstd", cap=4 << 20, downtime_limit_ms=800)
 NO_COMMIT, NO_RUNNING = (partial(examine_stall, kind=kind) for kind in (FrameKind.COMMIT, FrameKind.RUNNING))
-PATIENT = (HOP, HOP_TWO, examine_snapshot)
 
 
 @dataclass(frozen=True)
@@ -94,40 +91,20 @@ def faulty_build(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def world() -> Iterator[World]:
+def world(request: pytest.FixtureRequest) -> Iterator[World]:
+    fault = request.node.callspec.params.get("fault")
     with open_world() as opened:
+        if fault is not None and fault.in_c:
+            opened.environment["PYTHONPATH"] = str(request.getfixturevalue("faulty_build"))
+            opened.environment["KVMIGRATE_PLANT"] = fault.name
+        elif fault is not None:
+            opened.environment["KVMIGRATE_TEST_FAULT"] = fault.name
         yield opened
 
 
-def examine_planted(fault: Fault, **environment: str) -> Findings:
-    with open_world() as world:
-        world.environment.update(environment)
-        return fault.examine(world)
-
-
-@pytest.fixture(scope="module")
-def beside(request: pytest.FixtureRequest) -> Iterator[dict[Fault, Future[Findings]]]:
-    """The runs of those chosen faults that need no quiet: most of each is to wait in vain for a guest that does not go
-    on, so a few run at once. What is planted in C is only seen by a guest that writes fast enough."""
-    chosen = [item.callspec.params.get("fault") for item in request.session.items if hasattr(item, "callspec")]
-    faults = [fault for fault in chosen if isinstance(fault, Fault) and not fault.in_c]
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        yield {
-            fault: pool.submit(examine_planted, fault, KVMIGRATE_TEST_FAULT=fault.name)
-            for fault in faults
-            if fault.examine in PATIENT
-        }
-
-
 @pytest.mark.parametrize("fault", PLANTED, ids=lambda fault: f"{fault.name}-{'c' if fault.in_c else 'py'}")
-def test_planted_fault_is_caught(request: pytest.FixtureRequest, fault: Fault) -> None:
-    if fault.in_c:
-        build = request.getfixturevalue("faulty_build")
-        found = examine_planted(fault, PYTHONPATH=str(build), KVMIGRATE_PLANT=fault.name)
-    elif fault.examine in PATIENT:
-        found = request.getfixturevalue("beside")[fault].result()
-    else:
-        found = examine_planted(fault, KVMIGRATE_TEST_FAULT=fault.name)
+def test_planted_fault_is_caught(world: World, fault: Fault) -> None:
+    found = fault.examine(world)
     caught[fault] = found
     print(found.objections)
     assert found.objections, f"nobody noticed: {fault.what}"
