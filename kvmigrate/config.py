@@ -53,6 +53,15 @@ class ClockPolicy(StrEnum):
     HOST = "host"
 
 
+class MemoryBackend(StrEnum):
+    """What a guest's RAM is made of on this host: memory of this process alone, a memory file (tmpfs), or a file of huge
+    pages that the host has set aside."""
+
+    ANONYMOUS = "anonymous"
+    MEMFD = "memfd"
+    HUGETLBFS = "hugetlbfs"
+
+
 @dataclass(frozen=True, slots=True)
 class Address:
     """Where a stream goes to or comes from: TCP (``host``, ``port``) or a UNIX socket (``path``)."""
@@ -235,6 +244,7 @@ class HostSide:
     """Where its virtio console leads, as ``serial``; None: nowhere, or it has none."""
     reboot: bool = True
     """As of :class:`MachineConfig`."""
+    memory_backend: MemoryBackend = MemoryBackend.ANONYMOUS
 
     def __post_init__(self) -> None:
         _require_own_terminal(self.serial, self.console)
@@ -257,6 +267,7 @@ class MachineConfig:
     """``host``, ``baseline`` or the path of a file: see :func:`kvmigrate.kvm.cpu_files.choose_cpu`."""
     reboot: bool = True
     """Whether a guest that asks for a reset starts anew; else it ends with exit status 10."""
+    memory_backend: MemoryBackend = MemoryBackend.ANONYMOUS
 
     def __post_init__(self) -> None:
         _require_own_terminal(self.serial, self.console)

@@ -15,6 +15,16 @@ static inline uint8_t *kmig_memory_hva(const struct kmig_memory *memory, uint64_
     return slot->hva + (gfn - slot->base_gfn) * KMIG_PAGE_BYTES;
 }
 
+// Give slot its hva, and its fd if it has one, made of backend. After an error both may be there all the same.
+int kmig_backend_map(int backend, struct kmig_slot *slot);
+
+// Make the pages first..end of slot zero, and give them back where memory can be had again later. Marks nothing as written.
+int kmig_backend_empty(struct kmig_memory *memory, struct kmig_slot *slot, uint64_t first, uint64_t end);
+
+// Set bit n of bitmap for each page first + n of slot, up to end, that may hold anything but zeros, but for what is backed.
+int kmig_slot_resident(struct kmig_memory *memory, const struct kmig_slot *slot, uint64_t first, uint64_t end,
+                       uint64_t *bitmap);
+
 // How many windows so many pages take.
 static inline uint64_t kmig_windows_of(uint64_t nr_pages)
 {

@@ -1,0 +1,49 @@
+"""Huge pages of 2 MiB that the host has set aside (Documentation/admin-guide/mm/hugetlbpage.rst): memory beside all other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..errors import ConfigError, HostError
+
+HUGE_BYTES = 2 << 20
+POOL = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
+
+
+def require_whole_pages(size_bytes: int) -> None:
+    """Raise :class:`ConfigError` unless ``size_bytes`` are made of whole huge pages."""
+    if size_bytes % HUGE_BYTES:
+        raise ConfigError(f"{size_bytes} bytes of memory cannot be of huge pages: take a multiple of 2M")
+
+
+def free_bytes() -> int:
+    """What a new guest can have, with what the kernel may add to the pool (``nr_overcommit_hugepages``)."""
+    free, promised = _count("free_hugepages"), _count("resv_hugepages")
+    more = _count("nr_overcommit_hugepages") - _count("surplus_hugepages")
+    return (max(free - promised, 0) + max(more, 0)) * HUGE_BYTES
+
+
+def shortage(size_bytes: int, *, held_bytes: int = 0) -> str:
+    """Why ``size_bytes`` of huge pages cannot be had here, and what to do; empty if they can. ``held_bytes`` of them
+    are held already."""
+    if not POOL.is_dir():
+        return "this host has no huge pages of 2 MiB: take another memory back-end"
+    free = free_bytes() + held_bytes
+    if size_bytes <= free:
+        return ""
+    wanted = _count("nr_hugepages") + (size_bytes - free) // HUGE_BYTES
+    pages = f"{size_bytes // HUGE_BYTES} huge pages of 2 MiB are needed, {free // HUGE_BYTES} are free"
+    return f"{pages}: sudo sysctl vm.nr_hugepages={wanted}"
+
+
+def explain(size_bytes: int, error: HostError) -> Exception:
+    """What to raise when the kernel refused ``size_bytes`` of huge pages."""
+    why = shortage(size_bytes)
+    return ConfigError(f"{size_bytes >> 20} MiB of guest memory: {why}") if why else error
+
+
+def _count(name: str) -> int:
+    try:
+        return int((POOL / name).read_text())
+    except OSError:
+        return 0
