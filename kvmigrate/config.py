@@ -54,8 +54,8 @@ class ClockPolicy(StrEnum):
 
 
 class MemoryBackend(StrEnum):
-    """What a guest's RAM is made of on this host: memory of this process alone, a memory file (tmpfs), or a file of huge
-    pages that the host has set aside."""
+    """What a guest's RAM is made of on this host: memory of this process alone, a memory file, or a file of huge pages
+    that the host has set aside."""
 
     ANONYMOUS = "anonymous"
     MEMFD = "memfd"

@@ -1,4 +1,4 @@
-"""Huge pages of 2 MiB that the host has set aside (Documentation/admin-guide/mm/hugetlbpage.rst): memory beside all other."""
+"""Huge pages of 2 MiB that a host has set aside: how many are left (Documentation/admin-guide/mm/hugetlbpage.rst)."""
 
 from __future__ import annotations
 

@@ -14,6 +14,8 @@ from .layout import slots_for
 
 HUGE_PAGES = 512
 """Pages in a huge page."""
+STEP_PAGES = 64 * HUGE_PAGES
+"""How many are touched or read at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +44,8 @@ class GuestMemory:
         self.backend = backend
         self.slots = tuple(Slot(*slot) for slot in slots_for(size_bytes))
         created = ffi.new("struct kmig_memory **")
-        check(lib.kmig_memory_create(_C_BACKEND[backend], created), "/proc/self/pagemap", "it tells which pages of the guest are in use")
+        rc = lib.kmig_memory_create(_C_BACKEND[backend], created)
+        check(rc, "/proc/self/pagemap", "it tells which pages of the guest are in use")
         self._handle: Any = created[0]
         try:
             for slot in self.slots:
