@@ -113,10 +113,12 @@ def _spare(size_bytes: int, backend: MemoryBackend, stack: ExitStack) -> SpareMe
     if not size_bytes:
         return None
     from ..machine.trial import available_bytes
+    from ..memory import huge
     from ..memory.prefault import SpareMemory
 
-    # Of huge pages the kernel sets all aside first, or none.
-    if backend is not MemoryBackend.HUGETLBFS and size_bytes > (available := available_bytes()):
+    if backend is MemoryBackend.HUGETLBFS:
+        huge.require(size_bytes)
+    elif size_bytes > (available := available_bytes()):
         raise ConfigError(f"--prefault {size_bytes >> 20} MiB: this host has {available >> 20} MiB to give")
     print(f"kvmigrate: touching {size_bytes >> 20} MiB of memory", file=sys.stderr, flush=True)
     return stack.enter_context(closing(SpareMemory(size_bytes, backend)))

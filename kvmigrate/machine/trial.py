@@ -48,7 +48,8 @@ class TrialMachine:
         }
         # A machine that was built already has them.
         if parts and backend is MemoryBackend.HUGETLBFS:
-            self._require_huge_pages(description.memory_bytes)
+            with refusing(self._found, "memory"):
+                huge.require(description.memory_bytes, held_bytes=touched_bytes)
         with refusing(self._found, "machine"):
             self._platform = self._build(description)
 
@@ -62,12 +63,6 @@ class TrialMachine:
         description = Description.from_value(value).on(here)
         # Whatever listens at the other end of a console, as of the serial port, is not bothered by a trial.
         return cls(description.on(HostSide()), parts=parts, touched_bytes=touched_bytes, backend=here.memory_backend)
-
-    def _require_huge_pages(self, memory_bytes: int) -> None:
-        with refusing(self._found, "memory"):
-            huge.require_whole_pages(memory_bytes)
-            if why := huge.shortage(memory_bytes, held_bytes=self._touched_bytes):
-                raise ConfigError(why)
 
     def _build(self, description: Description) -> Platform:
         # Of anonymous memory: nobody touches it, and huge pages would be set aside twice.

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..errors import ConfigError, HostError
+from ..errors import ConfigError
 
 HUGE_BYTES = 2 << 20
 POOL = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
 
 
-def require_whole_pages(size_bytes: int) -> None:
-    """Raise :class:`ConfigError` unless ``size_bytes`` are made of whole huge pages."""
+def require(size_bytes: int, *, held_bytes: int = 0) -> None:
+    """Raise :class:`ConfigError` unless this host can give ``size_bytes`` of huge pages, whole ones, of which
+    ``held_bytes`` are in use for the guest already."""
     if size_bytes % HUGE_BYTES:
         raise ConfigError(f"{size_bytes} bytes of memory cannot be of huge pages: take a multiple of 2M")
+    if why := _shortage(size_bytes, held_bytes):
+        raise ConfigError(f"{size_bytes >> 20} MiB of guest memory: {why}")
 
 
 def free_bytes() -> int:
@@ -23,9 +26,8 @@ def free_bytes() -> int:
     return (max(free - promised, 0) + max(more, 0)) * HUGE_BYTES
 
 
-def shortage(size_bytes: int, *, held_bytes: int = 0) -> str:
-    """Why ``size_bytes`` of huge pages cannot be had here, and what to do; empty if they can. ``held_bytes`` of them
-    are held already."""
+def _shortage(size_bytes: int, held_bytes: int) -> str:
+    """Why there are too few, and what to do; empty when there are enough."""
     if not POOL.is_dir():
         return "this host has no huge pages of 2 MiB: take another memory back-end"
     free = free_bytes() + held_bytes
@@ -34,12 +36,6 @@ def shortage(size_bytes: int, *, held_bytes: int = 0) -> str:
     wanted = _count("nr_hugepages") + (size_bytes - free) // HUGE_BYTES
     pages = f"{size_bytes // HUGE_BYTES} huge pages of 2 MiB are needed, {free // HUGE_BYTES} are free"
     return f"{pages}: sudo sysctl vm.nr_hugepages={wanted}"
-
-
-def explain(size_bytes: int, error: HostError) -> Exception:
-    """What to raise when the kernel refused ``size_bytes`` of huge pages."""
-    why = shortage(size_bytes)
-    return ConfigError(f"{size_bytes >> 20} MiB of guest memory: {why}") if why else error
 
 
 def _count(name: str) -> int:

@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from .._core import ffi, lib
 from ..config import PAGE_BYTES, MemoryBackend
-from ..errors import ConfigError, HostError, StateError, check
+from ..errors import ConfigError, StateError, check
 from . import huge
 from .layout import slots_for
 
@@ -39,7 +39,8 @@ class GuestMemory:
         if size_bytes <= 0 or size_bytes % PAGE_BYTES:
             raise ConfigError(f"{size_bytes} bytes of memory cannot be had: take a multiple of {PAGE_BYTES}")
         if backend is MemoryBackend.HUGETLBFS:
-            huge.require_whole_pages(size_bytes)
+            # The kernel has the last word, and fewer of them.
+            huge.require(size_bytes)
         self.size_bytes = size_bytes
         self.backend = backend
         self.slots = tuple(Slot(*slot) for slot in slots_for(size_bytes))
@@ -51,10 +52,8 @@ class GuestMemory:
             for slot in self.slots:
                 rc = lib.kmig_memory_add(self._handle, slot.id, slot.base_gfn, slot.nr_pages)
                 check(rc, f"reserving {slot.nr_pages * PAGE_BYTES >> 20} MiB of guest memory")
-        except BaseException as error:
+        except BaseException:
             self.close()
-            if backend is MemoryBackend.HUGETLBFS and isinstance(error, HostError):
-                raise huge.explain(size_bytes, error) from None
             raise
 
     @property

@@ -194,6 +194,13 @@ def test_memory_that_is_no_whole_number_of_huge_pages_is_refused(size_bytes: int
         GuestMemory(size_bytes, HUGETLBFS)
 
 
+def test_the_kernel_refuses_too_few_huge_pages_before_one_is_touched(hugetlbfs: GuestMemory) -> None:
+    """Whatever was counted before: another may have been faster."""
+    before = pool("resv_hugepages"), len(list(Path("/proc/self/fd").iterdir()))
+    assert lib.kmig_memory_add(hugetlbfs.handle, 7, 1 << 20, (1 << 39) // PAGE_BYTES) == -errno.ENOMEM
+    assert (pool("resv_hugepages"), len(list(Path("/proc/self/fd").iterdir()))) == before
+
+
 def test_a_slot_that_does_not_lie_on_a_huge_page_is_refused(hugetlbfs: GuestMemory) -> None:
     after = SIZE_BYTES // PAGE_BYTES
     for base_gfn, nr_pages in ((after + 1, HUGE_PAGES), (after, HUGE_PAGES - 1)):
