@@ -21,7 +21,7 @@ def pool(name: str) -> int:
     return int((POOL / name).read_text())
 
 
-def _resize(nr_pages: int) -> int:
+def resize_pool(nr_pages: int) -> int:
     """Make the pool so many pages larger or smaller; returns by how many it became so."""
     # Several test runs may do so at once.
     with (POOL / "nr_hugepages").open("r+") as file:
@@ -40,7 +40,7 @@ def room_for(backend: MemoryBackend, size_bytes: int) -> Iterator[None]:
         return
     wanted = size_bytes // HUGE_BYTES
     try:
-        got = _resize(wanted)
+        got = resize_pool(wanted)
     except OSError as error:
         pytest.skip(f"no huge pages can be set aside here: {error}")
     try:
@@ -48,7 +48,7 @@ def room_for(backend: MemoryBackend, size_bytes: int) -> Iterator[None]:
             pytest.skip(f"only {got} of {wanted} huge pages could be set aside here")
         yield
     finally:
-        _resize(-got)
+        resize_pool(-got)
 
 
 @contextmanager
