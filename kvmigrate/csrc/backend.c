@@ -36,12 +36,19 @@ static int create_file(uint64_t size_bytes, unsigned int flags)
     return fd;
 }
 
+void kmig_backend_keep_private(void *at, uint64_t size_bytes)
+{
+    // Guest RAM in a core dump helps nobody and may be secret.
+    madvise(at, size_bytes, MADV_DONTDUMP);
+    // A child would share the guest's memory, or have all of it made read-only first, and hold on to it.
+    madvise(at, size_bytes, MADV_DONTFORK);
+}
+
 static void advise(void *at, uint64_t size_bytes)
 {
     // A kernel without transparent huge pages refuses this; memory is then slower to touch and works all the same.
     madvise(at, size_bytes, MADV_HUGEPAGE);
-    // Guest RAM in a core dump helps nobody and may be secret.
-    madvise(at, size_bytes, MADV_DONTDUMP);
+    kmig_backend_keep_private(at, size_bytes);
 }
 
 // Address space for a slot. hva and gpa must agree modulo 2 MiB: only then can KVM map a huge page of the host as one of

@@ -18,6 +18,9 @@ static inline uint8_t *kmig_memory_hva(const struct kmig_memory *memory, uint64_
 // Give slot its hva, and its fd if it has one, made of backend. After an error both may be there all the same.
 int kmig_backend_map(int backend, struct kmig_slot *slot);
 
+// Keep memory of a guest out of core dumps and child processes.
+void kmig_backend_keep_private(void *at, uint64_t size_bytes);
+
 // Make the pages first..end of slot zero, and give them back where memory can be had again later. Marks nothing as written.
 int kmig_backend_empty(struct kmig_memory *memory, struct kmig_slot *slot, uint64_t first, uint64_t end);
 

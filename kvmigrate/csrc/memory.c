@@ -190,7 +190,7 @@ int kmig_memory_map_file(struct kmig_memory *memory, uint64_t gfn, uint64_t nr_p
                     MAP_PRIVATE | MAP_FIXED | MAP_NORESERVE, fd, (off_t)offset);
     if (at == MAP_FAILED)
         return -errno;
-    madvise(at, size_bytes, MADV_DONTDUMP);
+    kmig_backend_keep_private(at, size_bytes);
     kmig_bits_set_range(slot->backed, page, page + nr_pages);
     return 0;
 }

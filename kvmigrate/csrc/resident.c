@@ -109,7 +109,8 @@ static int read_all(const struct kmig_memory *memory, const struct kmig_slot *sl
 }
 
 // Add the pages that a memory file holds and the page tables do not tell of: those that were swapped out or made part of a
-// huge page lose their entries there. Nearly all are found before, so that this asks once or twice.
+// huge page lose their entries there (Documentation/admin-guide/mm/pagemap.rst, "Exceptions for Shared Memory"). Nearly all
+// are found before, so that this asks once or twice.
 static int seek(const struct kmig_slot *slot, uint64_t first, uint64_t end, uint64_t *bitmap, uint64_t *windows)
 {
     uint64_t nr_pages = end - first, page;

@@ -70,11 +70,11 @@ def held_bytes(memory: GuestMemory) -> int:
 
 
 @pytest.mark.parametrize("backend", MemoryBackend)
-def test_a_core_dump_leaves_guest_memory_out_and_kvm_can_map_huge_pages(backend: MemoryBackend) -> None:
+def test_core_dumps_and_children_do_without_guest_memory_and_kvm_can_map_huge_pages(backend: MemoryBackend) -> None:
     with memory_of(backend, SIZE_BYTES) as memory:
         at = int(ffi.cast("uintptr_t", memory.handle.slot[0].hva))
         assert at % huge.HUGE_BYTES == 0
-        assert {"dd", "hg"} <= flags_of_mapping(at)
+        assert {"dd", "dc", "hg"} <= flags_of_mapping(at)
 
 
 def test_nobody_can_cut_memory_off_under_its_guest(memory: GuestMemory) -> None:

@@ -2,7 +2,7 @@
 
 #define KMIG_PAGE_BYTES 4096
 #define KMIG_MAX_SLOTS 32
-// What it is made of. Memory of the last two kinds is shared and has a file, of a memory file's own size and sealed.
+// What it is made of. The last two are shared mappings of a memory file of each slot, whose size is sealed.
 #define KMIG_BACKEND_ANONYMOUS 0
 #define KMIG_BACKEND_MEMFD 1
 #define KMIG_BACKEND_HUGETLBFS 2   // huge pages of 2 MiB, set aside for it as long as it exists
@@ -13,7 +13,7 @@
 // One memory slot. Page n of a slot is gfn base_gfn + n and bit n of each bitmap; bitmaps have a multiple of 64 bits.
 struct kmig_slot {
     uint32_t id;              // KVM's slot number
-    int fd;                   // the memory's file, -1 for anonymous memory
+    int fd;                   // its memory file, -1 for anonymous memory
     uint64_t base_gfn;
     uint64_t nr_pages;
     uint8_t *hva;
