@@ -96,6 +96,12 @@ int kmig_cursor_next(struct kmig_memory *memory, struct kmig_round *round);
 // Everything that round took has been delivered, and there is nothing left to take.
 void kmig_cursor_ended(struct kmig_memory *memory, struct kmig_round *round);
 
+// Not everything that round took will be delivered.
+static inline void kmig_cursor_failed(struct kmig_round *round)
+{
+    round->ended = 1;
+}
+
 // What was taken is pending again.
 void kmig_cursor_put_back(struct kmig_memory *memory, struct kmig_slot *slot, uint64_t first, uint64_t end);
 

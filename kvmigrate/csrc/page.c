@@ -178,6 +178,7 @@ void kmig_round_put_back(struct kmig_memory *memory, struct kmig_round *round, c
 {
     if (KMIG_FAULT("forget-put-back"))
         return;
+    kmig_cursor_failed(round);
     kmig_count(&round->pages_delta, -(uint64_t)chunk->nr_delta_pages);
     for (uint32_t i = 0; i < chunk->nr_runs; i++) {
         const struct kmig_page_run *run = &chunk->run[i];

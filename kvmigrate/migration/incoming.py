@@ -100,7 +100,8 @@ class Incoming:
         join = Join.from_payload(frame.payload)
         if CONNECTIONS not in self._hello.features or (join.uuid, join.epoch) != (self._hello.uuid, self._hello.epoch):
             raise BadField("JOIN: no such guest is on its way in here")
-        if self.state is not State.RECEIVING:
+        # They may come on the heels of the answer that this side is still busy with.
+        if self.state not in (State.GREETED, State.BUILT, State.RECEIVING):
             raise unexpected(frame, self.state.value)
         self._further.join(channel, join, self._built().memory)
 

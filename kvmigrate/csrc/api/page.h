@@ -30,7 +30,7 @@ struct kmig_round {
     uint64_t busy_ns;          // spent in the socket or file
 
     uint32_t slot;             // the piece that was taken last, and where it has come to in that
-    uint32_t ended;
+    uint32_t ended;            // 1: there is no more to take, or it failed
     uint64_t page;
     uint64_t piece_end;
     uint64_t next_send_ns;     // the pacer's clock
