@@ -234,6 +234,8 @@ int kmig_cursor_next(struct kmig_memory *memory, struct kmig_round *round)
 {
     pthread_mutex_lock(&memory->cursor->lock);
     int rc = take_piece(memory, round);
+    if (KMIG_FAULT("lose-piece") && rc > 0 && round->pages_done)
+        rc = take_piece(memory, round);
     pthread_mutex_unlock(&memory->cursor->lock);
     return rc;
 }

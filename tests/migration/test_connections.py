@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 
 from kvmigrate.config import MAX_CONNECTIONS, PAGE_BYTES, MigrationParameters, default_connections
-from kvmigrate.errors import BadField, ChannelError, ConfigError, KvmigrateError, PeerFailed, StreamError
+from kvmigrate.errors import BadField, ChannelError, ConfigError, HostError, KvmigrateError, PeerFailed, StreamError
+from kvmigrate.memory.region import GuestMemory
 from kvmigrate.migration.abort import Abort
 from kvmigrate.migration.channel import Channel, expect
 from kvmigrate.migration.joining import Join, dial
-from kvmigrate.migration.sink import PART_PAGES
+from kvmigrate.migration.sink import PART_PAGES, Writer
+from kvmigrate.precopy.rounds import Round
 from kvmigrate.state.fidelity import Fidelity
 from kvmigrate.state.frame import FrameKind
 from kvmigrate.state.section import Section, pack
@@ -194,6 +196,28 @@ def test_the_connection_that_failed_is_named(
     assert isinstance(outcome.error, ChannelError | PeerFailed)
     assert "(connection 2 of 3)" in str(outcome.error)
     check_resumed(large)
+
+
+def test_a_failure_beside_one_connection_ends_the_others_at_once(
+    tmp_path: Path, large: FakeMachine, receive: Receive, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    receiving = receive()
+    write = Writer.write
+
+    def failing(self: Writer, memory: GuestMemory, round_: Round) -> None:
+        if "connection 2" in self.channel.peer:
+            raise HostError("reading guest memory", 5)
+        write(self, memory, round_)
+
+    monkeypatch.setattr(Writer, "write", failing)
+    begin = time.monotonic()
+    # All of it would take eight seconds.
+    outcome = migrate(large, receiving.address, tmp_path, connections=3, bandwidth_bytes_s=2 * MIB)
+    assert isinstance(outcome.error, HostError)
+    assert time.monotonic() - begin < 3.0
+    check_resumed(large)
+    receiving.join()
+    assert not receiving.ran
 
 
 def test_cancel_stops_every_connection(tmp_path: Path, large: FakeMachine, receive: Receive, proxy_to: ProxyTo) -> None:
