@@ -126,6 +126,7 @@ class Round:
             last=self.last,
             codec=codec,
             codec_why=codec_why,
+            connections=len(self._parts),
         )
 
 

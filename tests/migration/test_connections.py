@@ -87,7 +87,7 @@ def test_each_connection_carries_pages_of_the_first_round_and_of_a_large_last_on
     write_when_saved(large, 30 * PART_PAGES, b"late")
     receiving = receive()
     proxy = proxy_to(receiving)
-    assert migrate(large, proxy.address, tmp_path, connections=3).error is None
+    outcome = migrate(large, proxy.address, tmp_path, connections=3)
     settled(receiving)
     assert receiving.machine is not None
     assert receiving.machine.digest() == large.digest()
@@ -96,6 +96,8 @@ def test_each_connection_carries_pages_of_the_first_round_and_of_a_large_last_on
         assert once == ["JOIN", "PAGES", "ROUND", "LAST", "PAGES", "DONE"]
         assert seen["back"] == BACK
     assert "JOIN" not in proxy.seen_on[0]["out"]
+    assert outcome.result is not None
+    assert [record.connections for record in outcome.result.rounds] == [3, 3]
 
 
 def test_few_pages_are_not_spread(tmp_path: Path, large: FakeMachine, receive: Receive, proxy_to: ProxyTo) -> None:
@@ -194,7 +196,9 @@ def test_the_connection_that_failed_is_named(
     proxy = proxy_to(receiving, Rule("out", 2, action, connection=2))
     outcome = migrate(large, proxy.address, tmp_path, connections=3, timeout_ms=SILENCE_MS)
     assert isinstance(outcome.error, ChannelError | PeerFailed)
-    assert "(connection 2 of 3)" in str(outcome.error)
+    receiving.join()
+    # Whoever notices first closes the others, and the other side may see only that.
+    assert "(connection 2 of 3)" in f"{outcome.error} {receiving.error}"
     check_resumed(large)
 
 
