@@ -171,7 +171,8 @@ def make_source(
     settings = MigrationParameters(
         timeout_ms=timeout_ms,
         compression=Compression.parse(compression),
-        **parameters,  # type: ignore[arg-type]
+        # One, whatever processors there are, unless a test is about several.
+        **{"connections": 1, **parameters},  # type: ignore[arg-type]
     )
     return Source(machine, address, settings, directory, watch or Watch(), ask_for_ms=ask_for_ms)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from kvmigrate.config import MAX_CONNECTIONS, PAGE_BYTES, MigrationParameters, default_connections
+from kvmigrate.config import MAX_CONNECTIONS, PAGE_BYTES, Address, MigrationParameters, default_connections
 from kvmigrate.errors import BadField, ChannelError, ConfigError, HostError, KvmigrateError, PeerFailed, StreamError
 from kvmigrate.memory.region import GuestMemory
 from kvmigrate.migration.abort import Abort
@@ -98,6 +98,15 @@ def test_each_connection_carries_pages_of_the_first_round_and_of_a_large_last_on
     assert "JOIN" not in proxy.seen_on[0]["out"]
     assert outcome.result is not None
     assert [record.connections for record in outcome.result.rounds] == [3, 3]
+
+
+def test_over_a_unix_socket(tmp_path: Path, large: FakeMachine, receive: Receive) -> None:
+    receiving = receive(listen=Address.parse(f"unix:{tmp_path}/in.sock"))
+    outcome = migrate(large, receiving.address, tmp_path, connections=MAX_CONNECTIONS)
+    assert outcome.error is None
+    settled(receiving)
+    assert receiving.machine is not None
+    assert receiving.machine.digest() == large.digest()
 
 
 def test_few_pages_are_not_spread(tmp_path: Path, large: FakeMachine, receive: Receive, proxy_to: ProxyTo) -> None:
