@@ -58,7 +58,7 @@ class Round:
         self.work_ns = 0
         self._ways: dict[str, tuple[str, int]] = {}
         self._parts = [self]
-        self.bandwidth_bytes_s = bandwidth_bytes_s
+        self.bandwidth_bytes_s = self._cap_bytes_s = bandwidth_bytes_s
         self.handle: Any = ffi.new("struct kmig_round *")
         self.handle.abort_fd = abort_fd
         self.handle.timeout_ms = max(1, int(timeout_ms))
@@ -66,17 +66,18 @@ class Round:
         self.handle.first = 1 if number == 0 else 0
 
     def part(self, memory: GuestMemory, of: int) -> Round:
-        """One more part of this round, which has begun: for one of ``of`` connections, each in a thread of its own.
-        The bandwidth is what each of them may use."""
+        """One more part of this round, which has begun: for one of ``of`` connections, each in a thread of its own, which
+        share the bandwidth."""
+        share_bytes_s = -(-self._cap_bytes_s // of)
+        self.bandwidth_bytes_s = self.handle.bandwidth = share_bytes_s
         one = Round(
             self.number,
             abort_fd=self.handle.abort_fd,
             timeout_ms=self.handle.timeout_ms,
-            bandwidth_bytes_s=self.bandwidth_bytes_s,
+            bandwidth_bytes_s=share_bytes_s,
             last=self.last,
         )
         one.handle.delta = self.handle.delta
-        one.handle.bandwidth = self.handle.bandwidth = -(-self.bandwidth_bytes_s // of)
         lib.kmig_round_join(memory.handle, one.handle)
         self._parts.append(one)
         return one
