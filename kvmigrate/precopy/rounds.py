@@ -66,8 +66,8 @@ class Round:
         self.handle.first = 1 if number == 0 else 0
 
     def part(self, memory: GuestMemory, of: int) -> Round:
-        """One more part of this round, which has begun: for one of ``of`` connections, each in a thread of its own, which
-        share the bandwidth."""
+        """One more part of this round, which has begun: for one of ``of`` connections, each in a thread of its own,
+        which share the bandwidth."""
         share_bytes_s = -(-self._cap_bytes_s // of)
         self.bandwidth_bytes_s = self.handle.bandwidth = share_bytes_s
         one = Round(
