@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
@@ -286,6 +286,13 @@ class MachineConfig:
 
 
 MIN_DELTA_BYTES = 1 << 20
+MAX_CONNECTIONS = 16
+
+
+def default_connections() -> int:
+    """One for every two processors that this process may use, up to four: either end has a thread for each connection,
+    and the guest needs processors too."""
+    return min(max(len(os.sched_getaffinity(0)) // 2, 1), 4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,6 +307,8 @@ class MigrationParameters:
     """How long the other side may say nothing before it counts as dead."""
     delta_cache_bytes: int = 32 << 20
     """Room for pages as they were last sent, to send what changed in them; 0 for none. Only with compression."""
+    connections: int = field(default_factory=default_connections)
+    """Over how many the pages of a round are spread."""
 
     def __post_init__(self) -> None:
         if not 0 < self.downtime_limit_ms <= 2_000_000:
@@ -308,6 +317,8 @@ class MigrationParameters:
             raise ConfigError("bandwidth must not be negative, and max-rounds and the timeout must be positive")
         if self.delta_cache_bytes and not MIN_DELTA_BYTES <= self.delta_cache_bytes <= MAX_MEMORY_BYTES:
             raise ConfigError(f"a delta cache of {self.delta_cache_bytes} bytes cannot be had: take 0 or 1M and more")
+        if not 1 <= self.connections <= MAX_CONNECTIONS:
+            raise ConfigError(f"{self.connections} connections cannot be had: take 1 to {MAX_CONNECTIONS}")
 
 
 @dataclass(frozen=True, slots=True)

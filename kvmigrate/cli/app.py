@@ -123,13 +123,16 @@ def send(
     delta_cache: Annotated[
         str, typer.Option(help="Room for pages as last sent, to send what changed; 0: none.")
     ] = "32M",
+    connections: Annotated[
+        int | None, typer.Option(help="Send pages over so many; if not given, one for every two processors, up to 4.")
+    ] = None,
     json: Json = False,
     verbose: Verbose = False,
 ) -> int:
     """Move the guest NAME to ADDRESS. There, kvmigrate receive waits for it."""
     from . import transfer
 
-    limits = downtime_limit, bandwidth, max_rounds, timeout, compress, delta_cache
+    limits = downtime_limit, bandwidth, max_rounds, timeout, compress, delta_cache, connections
     return transfer.send(name, address, *limits, as_json=json, verbose=verbose)
 
 

@@ -99,6 +99,25 @@ void kmig_run_received(struct kmig_memory *memory, const struct kmig_page_run *r
 // Turn KVM's logging of one slot on or off; there must be a VM.
 int kmig_memory_log_slot(const struct kmig_memory *memory, uint32_t slot_index, bool on);
 
+int kmig_cursor_create(struct kmig_cursor **ret);
+void kmig_cursor_destroy(struct kmig_cursor *cursor);
+
+// Take the next pages of the round: a piece of them, which is round's alone from then on. Returns 1, 0 when there are none
+// left, or -errno.
+int kmig_cursor_next(struct kmig_memory *memory, struct kmig_round *round);
+
+// Everything that round took has been delivered, and there is nothing left to take.
+void kmig_cursor_ended(struct kmig_memory *memory, struct kmig_round *round);
+
+// Not everything that round took will be delivered.
+static inline void kmig_cursor_failed(struct kmig_round *round)
+{
+    round->ended = 1;
+}
+
+// What was taken is pending again.
+void kmig_cursor_put_back(struct kmig_memory *memory, struct kmig_slot *slot, uint64_t first, uint64_t end);
+
 // Forget all hashes: the other side holds nothing yet.
 void kmig_memory_forget_hashes(struct kmig_memory *memory);
 

@@ -20,9 +20,13 @@ int kmig_memory_create(int backend, struct kmig_memory **ret)
         return -ENOMEM;
     memory->backend = backend;
     memory->vm_fd = -1;
-    memory->pagemap_fd = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
-    if (memory->pagemap_fd < 0) {
-        int rc = -errno;
+    int rc = kmig_cursor_create(&memory->cursor);
+    if (rc == 0) {
+        memory->pagemap_fd = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
+        rc = memory->pagemap_fd < 0 ? -errno : 0;
+    }
+    if (rc < 0) {
+        kmig_cursor_destroy(memory->cursor);
         free(memory);
         return rc;
     }
@@ -61,6 +65,7 @@ void kmig_memory_destroy(struct kmig_memory *memory)
     for (uint32_t i = 0; i < memory->nr_slots; i++)
         slot_release(&memory->slot[i]);
     close(memory->pagemap_fd);
+    kmig_cursor_destroy(memory->cursor);
     free(memory);
 }
 

@@ -27,6 +27,8 @@ struct kmig_slot {
     uint64_t *hash;           // per page: XXH3-64 as last copied out or in; 0 for a zero page
 };
 
+struct kmig_cursor;
+
 struct kmig_memory {
     uint32_t nr_slots;
     int log_mode;             // KMIG_LOG_OFF, …
@@ -34,6 +36,7 @@ struct kmig_memory {
     int pagemap_fd;
     int no_pagemap_scan;      // 1: the kernel has no PAGEMAP_SCAN (before Linux 6.7)
     int backend;              // KMIG_BACKEND_ANONYMOUS, …
+    struct kmig_cursor *cursor; // where the round stands that is under way
     uint64_t digest;          // sum over all pages of a mix of gfn and hash, kept up to date with every hash
     uint64_t nr_hashed;       // pages whose hash is not 0
     struct kmig_slot slot[KMIG_MAX_SLOTS];
