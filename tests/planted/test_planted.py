@@ -143,7 +143,7 @@ def test_the_same_run_without_a_fault_passes(world: World, examine: Callable[[Wo
 
 @pytest.mark.parametrize(
     ("fault", "backend"),
-    [(fault, backend) for name, backend in IN_OTHER_MEMORY for fault in PLANTED if fault.name == name],
+    [(next(fault for fault in PLANTED if fault.name == name), backend) for name, backend in IN_OTHER_MEMORY],
     ids=[f"{name}-{backend}" for name, backend in IN_OTHER_MEMORY],
 )
 def test_planted_fault_is_caught_in_other_memory(world: World, fault: Fault, backend: MemoryBackend) -> None:
