@@ -40,7 +40,7 @@ def env() -> dict[str, str]:
 def test_the_memory_tests_find_no_fault_under_the_sanitizers(sanitized: Path, env: dict[str, str]) -> None:
     # Those that time things or drive a guest for long are about the kernel's behaviour, not about the core's memory.
     skipped = "bandwidth or untouched or while_rounds_run or counters_can"
-    result = run_pytest(sanitized, ["tests/memory", "-k", f"not ({skipped})"], env, timeout_s=120)
+    result = run_pytest(sanitized, ["tests/memory", "-k", f"not ({skipped})"], env, timeout_s=180)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
     assert " passed" in result.stdout
 
