@@ -11,7 +11,16 @@ from functools import partial
 from pathlib import Path
 from typing import Self
 
-from .config import Address, ClockPolicy, DiskConfig, HostSide, MigrationParameters, NetConfig, SnapshotParameters
+from .config import (
+    Address,
+    ClockPolicy,
+    DiskConfig,
+    HostSide,
+    MemoryBackend,
+    MigrationParameters,
+    NetConfig,
+    SnapshotParameters,
+)
 from .control.runtime import open_runtime_dir
 from .machine.machine import Machine
 from .machine.rehearsal import rehearse
@@ -90,14 +99,15 @@ def receive(
     journal_dir: Path | None = None,
     paused: bool = False,
     reboot: bool = True,
+    memory_backend: MemoryBackend = MemoryBackend.ANONYMOUS,
 ) -> Received:
     """Wait at ``address`` for one guest and take it over; ``name``, ``serial`` and ``console`` are its own here, and
-    so are the images and taps of those of its ``disks`` and ``nets`` that are given, and ``reboot`` as in
-    :class:`MachineConfig`.
+    so are the images and taps of those of its ``disks`` and ``nets`` that are given, and ``reboot`` and
+    ``memory_backend`` as in :class:`MachineConfig`.
 
     Raises the reason when the guest did not arrive: then it still is at its source and nothing of it is here.
     """
-    here = HostSide(name or "", serial, tuple(disks), tuple(nets), console, reboot)
+    here = HostSide(name or "", serial, tuple(disks), tuple(nets), console, reboot, memory_backend)
     rehearse()
     destination = Destination(
         Listener(Address.parse(address)),
@@ -137,6 +147,7 @@ def restore(
     clone: bool = False,
     clock: ClockPolicy = ClockPolicy.CONTINUE,
     reboot: bool = True,
+    memory_backend: MemoryBackend = MemoryBackend.ANONYMOUS,
 ) -> Restored:
     """Make the machine that ``directory`` holds; call :meth:`Machine.start` and :meth:`Machine.resume` to let it run.
 
@@ -144,7 +155,7 @@ def restore(
 
     Raises :class:`SnapshotError` or :class:`RestoreRefused`, naming what is wrong where.
     """
-    here = HostSide(name or "", serial, tuple(disks), tuple(nets), console, reboot)
+    here = HostSide(name or "", serial, tuple(disks), tuple(nets), console, reboot, memory_backend)
     loaded = load_snapshot(directory, partial(Machine.build, here=here, clone=clone, clock=clock))
     assert isinstance(loaded.machine, Machine)
     loaded.machine.new_generation()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
@@ -51,6 +51,15 @@ class ClockPolicy(StrEnum):
 
     CONTINUE = "continue"
     HOST = "host"
+
+
+class MemoryBackend(StrEnum):
+    """What a guest's RAM is made of on this host: memory of this process alone, a memory file, or a file of huge pages
+    that the host has set aside."""
+
+    ANONYMOUS = "anonymous"
+    MEMFD = "memfd"
+    HUGETLBFS = "hugetlbfs"
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,6 +244,7 @@ class HostSide:
     """Where its virtio console leads, as ``serial``; None: nowhere, or it has none."""
     reboot: bool = True
     """As of :class:`MachineConfig`."""
+    memory_backend: MemoryBackend = MemoryBackend.ANONYMOUS
 
     def __post_init__(self) -> None:
         _require_own_terminal(self.serial, self.console)
@@ -257,6 +267,7 @@ class MachineConfig:
     """``host``, ``baseline`` or the path of a file: see :func:`kvmigrate.kvm.cpu_files.choose_cpu`."""
     reboot: bool = True
     """Whether a guest that asks for a reset starts anew; else it ends with exit status 10."""
+    memory_backend: MemoryBackend = MemoryBackend.ANONYMOUS
 
     def __post_init__(self) -> None:
         _require_own_terminal(self.serial, self.console)
@@ -275,6 +286,13 @@ class MachineConfig:
 
 
 MIN_DELTA_BYTES = 1 << 20
+MAX_CONNECTIONS = 16
+
+
+def default_connections() -> int:
+    """One for every two processors that this process may use, up to four: either end has a thread for each connection,
+    and the guest needs processors too."""
+    return min(max(len(os.sched_getaffinity(0)) // 2, 1), 4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,6 +307,8 @@ class MigrationParameters:
     """How long the other side may say nothing before it counts as dead."""
     delta_cache_bytes: int = 32 << 20
     """Room for pages as they were last sent, to send what changed in them; 0 for none. Only with compression."""
+    connections: int = field(default_factory=default_connections)
+    """Over how many the pages of a round are spread."""
 
     def __post_init__(self) -> None:
         if not 0 < self.downtime_limit_ms <= 2_000_000:
@@ -297,6 +317,8 @@ class MigrationParameters:
             raise ConfigError("bandwidth must not be negative, and max-rounds and the timeout must be positive")
         if self.delta_cache_bytes and not MIN_DELTA_BYTES <= self.delta_cache_bytes <= MAX_MEMORY_BYTES:
             raise ConfigError(f"a delta cache of {self.delta_cache_bytes} bytes cannot be had: take 0 or 1M and more")
+        if not 1 <= self.connections <= MAX_CONNECTIONS:
+            raise ConfigError(f"{self.connections} connections cannot be had: take 1 to {MAX_CONNECTIONS}")
 
 
 @dataclass(frozen=True, slots=True)

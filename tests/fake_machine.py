@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from kvmigrate.config import PAGE_BYTES
+from kvmigrate.config import PAGE_BYTES, MemoryBackend
 from kvmigrate.contract import RunState
 from kvmigrate.errors import BadField, StateError
 from kvmigrate.memory.dirty import DirtyLog, LogMode
@@ -42,9 +42,15 @@ class FakeMachine:
     """Implements :class:`kvmigrate.contract.Migratable`."""
 
     def __init__(
-        self, memory_bytes: int = 8 * MIB, *, name: str = "fake", mode: LogMode = LogMode.GET, running: bool = False
+        self,
+        memory_bytes: int = 8 * MIB,
+        *,
+        name: str = "fake",
+        mode: LogMode = LogMode.GET,
+        running: bool = False,
+        backend: MemoryBackend = MemoryBackend.ANONYMOUS,
     ) -> None:
-        self.memory = GuestMemory(memory_bytes)
+        self.memory = GuestMemory(memory_bytes, backend)
         self.dirty_log = DirtyLog(self.memory, mode)
         self.name = name
         self.uuid = str(uuid.uuid4())

@@ -12,8 +12,26 @@ from typing import Annotated
 
 import typer
 
-from ..config import ClockPolicy, MigrationParameters
+from ..config import ClockPolicy, MemoryBackend, MigrationParameters
 from ..errors import KvmigrateError
+from .options import (
+    Compress,
+    Console,
+    Directory,
+    Disks,
+    Json,
+    Memory,
+    Name,
+    Nets,
+    NewName,
+    NoReboot,
+    OtherConsole,
+    OtherDisks,
+    OtherNets,
+    Paused,
+    Serial,
+    Verbose,
+)
 
 app = typer.Typer(
     name="kvmigrate",
@@ -27,52 +45,12 @@ app = typer.Typer(
 _DEFAULTS = MigrationParameters()
 
 
-def _complete_name() -> list[str]:
-    from ..control.runtime import running_names
-
-    return running_names()
-
-
 def _version(wanted: bool) -> None:
     if wanted:
         from importlib.metadata import version
 
         print(f"kvmigrate {version('kvmigrate')}")
         raise typer.Exit(0)
-
-
-Name = Annotated[str, typer.Argument(help="Name of a running VM.", metavar="NAME", autocompletion=_complete_name)]
-NewName = Annotated[str, typer.Option("--name", help="Name of the VM here; vm-PID if left out.")]
-Serial = Annotated[str, typer.Option(help="Where COM1 leads: stdio, pty, null, file:PATH or unix:PATH.")]
-Disks = Annotated[
-    list[str] | None,
-    typer.Option("--disk", metavar="NAME=PATH[,ro]", help="A raw image or block device; may come several times."),
-]
-OtherDisks = Annotated[
-    list[str] | None,
-    typer.Option("--disk", metavar="NAME=PATH[,ro]", help="Where a disk of the guest is here, if not at its old path."),
-]
-Nets = Annotated[
-    list[str] | None,
-    typer.Option("--net", metavar="NAME=tap:IF[,mac=MAC]", help="A network card before a tap; may come several times."),
-]
-OtherNets = Annotated[
-    list[str] | None,
-    typer.Option("--net", metavar="NAME=tap:IF[,mac=MAC]", help="The tap of a network of the guest, if another here."),
-]
-NoReboot = Annotated[bool, typer.Option("--no-reboot", help="Let a reset end the guest instead of booting it anew.")]
-_BACKENDS = "stdio, pty, null, file:PATH or unix:PATH"
-Console = Annotated[
-    str | None, typer.Option(metavar="BACKEND", help=f"A virtio console (hvc0), and where it leads: {_BACKENDS}.")
-]
-OtherConsole = Annotated[
-    str | None, typer.Option("--console", metavar="BACKEND", help="Where the guest's console leads here; else nowhere.")
-]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")]
-Paused = Annotated[bool, typer.Option("--paused", help="Do not let the guest run until kvmigrate resume.")]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Also show what became of every item of state.")]
-Compress = Annotated[str, typer.Option(help="none, zstd or zstd:LEVEL (-7 to 19).")]
-Directory = Annotated[Path, typer.Argument(help="Directory of a snapshot.", metavar="DIR")]
 
 
 @app.callback()
@@ -92,6 +70,7 @@ def run(
     append: Annotated[str, typer.Option(help="Command line of the guest's kernel.")] = "",
     cpu: Annotated[str, typer.Option(help="host, baseline, or a file of cpu-baseline.", metavar="CPU")] = "host",
     boot: Annotated[str, typer.Option(help="auto, flat@ADDR, multiboot, pvh or linux.")] = "auto",
+    memory_backend: Memory = MemoryBackend.ANONYMOUS,
     serial: Serial = "stdio",
     paused: Paused = False,
     no_reboot: NoReboot = False,
@@ -105,7 +84,7 @@ def run(
     """
     from . import machines
 
-    here = machines.host_side(name, serial, disk, net, console, no_reboot=no_reboot)
+    here = machines.host_side(name, serial, disk, net, console, memory_backend, no_reboot=no_reboot)
     return machines.run(image, here, memory, cpus, cpu, initrd, append, boot, paused=paused)
 
 
@@ -113,6 +92,7 @@ def run(
 def receive(
     address: Annotated[str, typer.Argument(help="tcp://HOST:PORT or unix:///PATH to listen on.", metavar="ADDRESS")],
     name: NewName = "",
+    memory_backend: Memory = MemoryBackend.ANONYMOUS,
     serial: Serial = "stdio",
     paused: Paused = False,
     no_reboot: NoReboot = False,
@@ -127,7 +107,7 @@ def receive(
     """Wait at ADDRESS for one guest and take it over. Stays in the foreground, as run does."""
     from . import machines
 
-    here = machines.host_side(name, serial, disk, net, console, no_reboot=no_reboot)
+    here = machines.host_side(name, serial, disk, net, console, memory_backend, no_reboot=no_reboot)
     return machines.receive(address, here, prefault, paused=paused, verbose=verbose)
 
 
@@ -143,13 +123,16 @@ def send(
     delta_cache: Annotated[
         str, typer.Option(help="Room for pages as last sent, to send what changed; 0: none.")
     ] = "32M",
+    connections: Annotated[
+        int | None, typer.Option(help="Send pages over so many; if not given, one for every two processors, up to 4.")
+    ] = None,
     json: Json = False,
     verbose: Verbose = False,
 ) -> int:
     """Move the guest NAME to ADDRESS. There, kvmigrate receive waits for it."""
     from . import transfer
 
-    limits = downtime_limit, bandwidth, max_rounds, timeout, compress, delta_cache
+    limits = downtime_limit, bandwidth, max_rounds, timeout, compress, delta_cache, connections
     return transfer.send(name, address, *limits, as_json=json, verbose=verbose)
 
 
@@ -195,6 +178,7 @@ def restore(
     clock: Annotated[
         ClockPolicy, typer.Option(help="Go on from the saved time, or count the time since by the host's clock.")
     ] = ClockPolicy.CONTINUE,
+    memory_backend: Memory = MemoryBackend.ANONYMOUS,
     paused: Paused = False,
     no_reboot: NoReboot = False,
     verbose: Verbose = False,
@@ -205,7 +189,7 @@ def restore(
     """Run the guest that was saved in DIR. Stays in the foreground, as run does."""
     from . import machines
 
-    here = machines.host_side(name, serial, disk, net, console, no_reboot=no_reboot)
+    here = machines.host_side(name, serial, disk, net, console, memory_backend, no_reboot=no_reboot)
     return machines.restore(directory, here, clone=clone, clock=clock, paused=paused, verbose=verbose)
 
 

@@ -11,9 +11,12 @@ from pathlib import Path
 
 from ..control import runtime
 from ..errors import KvmigrateError
+from ..memory import huge
 from . import show
 
 OK, WARN, FAIL = "ok", "warn", "fail"
+
+THP = Path("/sys/kernel/mm/transparent_hugepage")
 
 NEEDED = (
     "KVM_CAP_USER_MEMORY", "KVM_CAP_SYNC_MMU", "KVM_CAP_IRQCHIP", "KVM_CAP_PIT2", "KVM_CAP_PIT_STATE2",
@@ -154,13 +157,29 @@ def _memory() -> Iterator[Finding]:
     fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
     available = int(fields["MemAvailable"].split()[0]) << 10
     yield Finding("memory", OK, f"{show.size(available)} available for guests")
-    huge = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-    mode = huge.read_text().partition("[")[2].partition("]")[0] if huge.exists() else "never"
+    mode = _chosen(THP / "enabled")
     if mode == "never":
-        mend = f"echo madvise | sudo tee {huge}"
+        mend = f"echo madvise | sudo tee {THP / 'enabled'}"
         yield Finding("huge pages", WARN, "are off: guests and their moves are slower", mend)
     else:
         yield Finding("huge pages", OK, f"transparent, {mode}")
+    yield from _other_memory()
+
+
+def _other_memory() -> Iterator[Finding]:
+    """What a guest could have by ``--memory-backend``."""
+    mode = _chosen(THP / "shmem_enabled")
+    if mode in ("never", "deny"):
+        mend = f"for faster ones: echo advise | sudo tee {THP / 'shmem_enabled'}"
+        yield Finding("memfd guests", OK, "have pages of 4 KiB", mend)
+    else:
+        yield Finding("memfd guests", OK, f"have transparent huge pages, {mode}")
+    yield Finding("hugetlbfs guests", OK, f"can have {show.size(huge.free_bytes())}")
+
+
+def _chosen(path: Path) -> str:
+    """Which of the kernel's words in ``path`` stands in brackets."""
+    return path.read_text().partition("[")[2].partition("]")[0] if path.exists() else "never"
 
 
 def _memlock() -> Iterator[Finding]:

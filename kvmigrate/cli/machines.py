@@ -13,6 +13,7 @@ from ..config import (
     DiskConfig,
     HostSide,
     MachineConfig,
+    MemoryBackend,
     NetConfig,
     parse_boot,
     parse_size,
@@ -29,6 +30,7 @@ def host_side(
     disks: Sequence[str] | None,
     nets: Sequence[str] | None,
     console: str | None,
+    memory_backend: MemoryBackend,
     *,
     no_reboot: bool,
 ) -> HostSide:
@@ -40,6 +42,7 @@ def host_side(
         tuple(map(NetConfig.parse, nets or ())),
         console,
         not no_reboot,
+        memory_backend,
     )
 
 
@@ -68,6 +71,7 @@ def run(
         console=here.console,
         cpu=cpu,
         reboot=here.reboot,
+        memory_backend=here.memory_backend,
     )
     from ..control import processes
 

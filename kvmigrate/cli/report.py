@@ -57,9 +57,15 @@ def rounds(records: Sequence[Mapping[str, Any]]) -> None:
     if any(record.get("compression") for record in records):
         columns += ["sent as", "why"]
         for row, record in zip(rows, records, strict=False):
-            row += [record.get("compression", ""), record.get("compression-why", "")]
+            row += [_sent_as(record), record.get("compression-why", "")]
     show.table("", columns, [[*row, *[""] * (len(columns) - len(row))] for row in rows], right=range(1, 7))
     print()
+
+
+def _sent_as(record: Mapping[str, Any]) -> str:
+    """The codec, and over how many connections if not over one."""
+    connections = record.get("connections", 1)
+    return str(record.get("compression", "")) + (f" over {connections}" if connections > 1 else "")
 
 
 def _round_name(record: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..config import Compression, MigrationParameters, parse_duration_ms, parse_rate, parse_size
+from ..config import Compression, MigrationParameters, default_connections, parse_duration_ms, parse_rate, parse_size
 from ..control.client import Client
 from ..errors import KvmigrateError, MigrationError, SnapshotError
 from . import report, show
@@ -36,6 +36,7 @@ def send(
     timeout: str,
     compress: str,
     delta_cache: str,
+    connections: int | None,
     *,
     as_json: bool,
     verbose: bool,
@@ -49,6 +50,7 @@ def send(
         compression=Compression.parse(compress),
         timeout_ms=parse_duration_ms(timeout),
         delta_cache_bytes=parse_size(delta_cache),
+        connections=default_connections() if connections is None else connections,
     )
     with Client.of(name) as vm:
         enable = [{"capability": "events", "state": True}]
@@ -62,6 +64,7 @@ def _parameters(parameters: MigrationParameters) -> dict[str, Any]:
     return {
         "downtime-limit": _whole_ms(parameters.downtime_limit_ms),
         "max-bandwidth": parameters.bandwidth_bytes_s,
+        "multifd-channels": parameters.connections,
         "x-kvmigrate-max-rounds": parameters.max_rounds,
         "x-kvmigrate-compression": str(parameters.compression),
         "x-kvmigrate-delta-cache": parameters.delta_cache_bytes,

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ..config import Address, Compression, MigrationParameters
+from ..config import MAX_CONNECTIONS, Address, Compression, MigrationParameters
 from .qmp import QmpError
 from .schema import Argument, Kind
 
@@ -15,18 +15,19 @@ PARAMETERS = (
     Argument("max-bandwidth", Kind.INTEGER, "bytes per second; 0 is no cap"),
     Argument("multifd-compression", Kind.STRING, "none or zstd"),
     Argument("multifd-zstd-level", Kind.INTEGER, "1 to 19", low=1, high=19),
+    Argument("multifd-channels", Kind.INTEGER, "connections for the pages", low=1, high=MAX_CONNECTIONS),
     Argument("x-kvmigrate-max-rounds", Kind.INTEGER, "give up after so many rounds", low=1, high=10_000),
     Argument("x-kvmigrate-compression", Kind.STRING, "auto, none, zstd or zstd:LEVEL, levels from -7 to 19"),
     Argument("x-kvmigrate-delta-cache", Kind.INTEGER, "bytes for pages as last sent; 0 is none", low=0, high=1 << 40),
     Argument("x-kvmigrate-timeout", Kind.INTEGER, "how long the peer may be silent, in ms", low=1, high=3_600_000),
 )
 
-ALWAYS_ON = frozenset({"return-path", "validate-uuid"})
+ALWAYS_ON = frozenset({"return-path", "validate-uuid", "multifd"})
 """Capabilities of QEMU that kvmigrate's own protocol always has."""
 SWITCHABLE = frozenset({"events"})
 ABSENT = (
     "xbzrle", "rdma-pin-all", "auto-converge", "zero-blocks", "compress", "postcopy-ram", "x-colo", "release-ram",
-    "block", "pause-before-switchover", "multifd", "dirty-bitmaps", "postcopy-blocktime", "late-block-activate",
+    "block", "pause-before-switchover", "dirty-bitmaps", "postcopy-blocktime", "late-block-activate",
     "x-ignore-shared", "background-snapshot", "zero-copy-send", "postcopy-preempt",
 )  # fmt: skip
 """QEMU 7.2's capabilities that kvmigrate has not: they can be named and switched off, as they are."""
@@ -39,6 +40,8 @@ def changed(parameters: MigrationParameters, wanted: Mapping[str, Any]) -> Migra
         fields["downtime_limit_ms"] = float(wanted["downtime-limit"])
     if "max-bandwidth" in wanted:
         fields["bandwidth_bytes_s"] = wanted["max-bandwidth"]
+    if "multifd-channels" in wanted:
+        fields["connections"] = wanted["multifd-channels"]
     if "x-kvmigrate-max-rounds" in wanted:
         fields["max_rounds"] = wanted["x-kvmigrate-max-rounds"]
     if "x-kvmigrate-delta-cache" in wanted:
@@ -68,6 +71,7 @@ def to_qmp(parameters: MigrationParameters) -> dict[str, object]:
         "max-bandwidth": parameters.bandwidth_bytes_s,
         "multifd-compression": "none" if level is None else "zstd",
         "multifd-zstd-level": max(level or 1, 1),
+        "multifd-channels": parameters.connections,
         "x-kvmigrate-max-rounds": parameters.max_rounds,
         "x-kvmigrate-compression": str(parameters.compression),
         "x-kvmigrate-delta-cache": parameters.delta_cache_bytes,

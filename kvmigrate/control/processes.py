@@ -11,10 +11,9 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from ..config import Address, ClockPolicy, HostSide, MachineConfig
+from ..config import Address, ClockPolicy, HostSide, MachineConfig, MemoryBackend
 from ..errors import ConfigError, ControlError
 from ..machine.machine import Machine
-from ..memory.region import GuestMemory
 from ..migration.journal import Entry, Journal, Role
 from ..state.fidelity import Fidelity
 from ..state.section import Value
@@ -91,10 +90,10 @@ def run_incoming(
         session = stack.enter_context(_session(stack.enter_context(_claimed(here.name))))
         listener = Listener(address)
         stack.callback(listener.close)
-        spare = _spare(prefault_bytes, stack)
+        spare = _spare(prefault_bytes, here.memory_backend, stack)
 
         def build(value: Mapping[str, Value]) -> Machine:
-            machine = Machine.build(value, here, make_memory=spare.take if spare else GuestMemory)
+            machine = Machine.build(value, here, make_memory=spare.take if spare else None)
             session.adopt(machine)
             return machine
 
@@ -110,16 +109,19 @@ def run_incoming(
         return _live(session, lambda live: live.receive(listener, build, examine, paused=paused))
 
 
-def _spare(size_bytes: int, stack: ExitStack) -> SpareMemory | None:
+def _spare(size_bytes: int, backend: MemoryBackend, stack: ExitStack) -> SpareMemory | None:
     if not size_bytes:
         return None
     from ..machine.trial import available_bytes
+    from ..memory import huge
     from ..memory.prefault import SpareMemory
 
-    if size_bytes > (available := available_bytes()):
+    if backend is MemoryBackend.HUGETLBFS:
+        huge.require(size_bytes)
+    elif size_bytes > (available := available_bytes()):
         raise ConfigError(f"--prefault {size_bytes >> 20} MiB: this host has {available >> 20} MiB to give")
     print(f"kvmigrate: touching {size_bytes >> 20} MiB of memory", file=sys.stderr, flush=True)
-    return stack.enter_context(closing(SpareMemory(size_bytes)))
+    return stack.enter_context(closing(SpareMemory(size_bytes, backend)))
 
 
 def _serve(claim: runtime.Claim, machine: Machine) -> int:

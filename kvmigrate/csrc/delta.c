@@ -11,6 +11,16 @@
 // With more of a page's words changed the XOR of both is no smaller than the page.
 #define MOST_CHANGED (PAGE_WORDS / 2)
 
+struct kmig_delta {
+    pthread_mutex_t lock;      // the connections of a round share it
+    uint64_t nr_sets;
+    uint64_t round;            // counts the rounds, so that pages in use are told from old ones
+    uint64_t nr_kept;
+    uint64_t nr_bytes;
+    struct kmig_kept *kept;
+    uint8_t *pages;
+};
+
 struct kmig_kept {
     uint64_t gfn_1;            // gfn + 1, or 0 when nothing is kept here
     uint64_t hash;
@@ -26,11 +36,13 @@ int kmig_delta_create(uint64_t size_bytes, struct kmig_delta **ret)
     struct kmig_delta *delta = calloc(1, sizeof(*delta));
     if (!delta)
         return -ENOMEM;
+    pthread_mutex_init(&delta->lock, NULL);
     uint64_t page_bytes = nr_sets * NR_WAYS * KMIG_PAGE_BYTES;
     delta->nr_sets = nr_sets;
     delta->nr_bytes = page_bytes + nr_sets * NR_WAYS * sizeof(struct kmig_kept);
     void *area = mmap(NULL, delta->nr_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (area == MAP_FAILED) {
+        pthread_mutex_destroy(&delta->lock);
         free(delta);
         return -ENOMEM;
     }
@@ -47,6 +59,7 @@ void kmig_delta_destroy(struct kmig_delta *delta)
     if (!delta)
         return;
     munmap(delta->pages, delta->nr_bytes);
+    pthread_mutex_destroy(&delta->lock);
     free(delta);
 }
 
@@ -88,12 +101,13 @@ static struct kmig_kept *make_room(struct kmig_delta *delta, uint64_t gfn)
 
 void kmig_delta_drop(struct kmig_delta *delta, uint64_t gfn)
 {
+    pthread_mutex_lock(&delta->lock);
     struct kmig_kept *kept = delta->nr_kept ? find(delta, gfn) : NULL;
-
-    if (!kept)
-        return;
-    kept->gfn_1 = 0;
-    delta->nr_kept--;
+    if (kept) {
+        kept->gfn_1 = 0;
+        delta->nr_kept--;
+    }
+    pthread_mutex_unlock(&delta->lock);
 }
 
 static uint64_t count_changed(const uint64_t *now, const uint64_t *old)
@@ -114,7 +128,7 @@ static void exchange(uint64_t *now, uint64_t *old)
     }
 }
 
-bool kmig_delta_take(struct kmig_delta *delta, uint64_t gfn, uint8_t *page, uint64_t hash, uint64_t last_hash)
+static bool take(struct kmig_delta *delta, uint64_t gfn, uint8_t *page, uint64_t hash, uint64_t last_hash)
 {
     struct kmig_kept *kept = delta->nr_kept ? find(delta, gfn) : NULL;
     // What is kept is a base only if it is what was sent last.
@@ -136,6 +150,14 @@ bool kmig_delta_take(struct kmig_delta *delta, uint64_t gfn, uint8_t *page, uint
     else
         memcpy(old, page, KMIG_PAGE_BYTES);
     *kept = (struct kmig_kept){gfn + 1, hash, delta->round};
+    return as_delta;
+}
+
+bool kmig_delta_take(struct kmig_delta *delta, uint64_t gfn, uint8_t *page, uint64_t hash, uint64_t last_hash)
+{
+    pthread_mutex_lock(&delta->lock);
+    bool as_delta = take(delta, gfn, page, hash, last_hash);
+    pthread_mutex_unlock(&delta->lock);
     return as_delta;
 }
 

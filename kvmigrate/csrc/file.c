@@ -112,6 +112,23 @@ static int load_pages(struct kmig_memory *memory, struct kmig_slot *slot, uint64
     return 0;
 }
 
+int kmig_file_load_range(struct kmig_memory *memory, uint64_t gfn, uint64_t nr_pages, int fd, uint64_t offset)
+{
+    struct kmig_slot *slot = kmig_memory_slot(memory, gfn);
+    int rc = 0;
+
+    if (!slot || nr_pages > slot->nr_pages - (gfn - slot->base_gfn))
+        return -EFAULT;
+    uint64_t end = gfn - slot->base_gfn + nr_pages;
+    // Piece by piece: what has just been read is hashed while it is in the processor's cache.
+    for (uint64_t at = gfn - slot->base_gfn, next; at < end && !rc; at = next) {
+        next = end - at < KMIG_CHUNK_PAGES ? end : at + KMIG_CHUNK_PAGES;
+        rc = load_pages(memory, slot, at, next, fd, offset);
+        offset += (next - at) * KMIG_PAGE_BYTES;
+    }
+    return rc;
+}
+
 // The file's bitmap runs on over the slots, whose bits need not begin at a word.
 static int load_slot(struct kmig_memory *memory, struct kmig_slot *slot, int fd, const uint64_t *bitmap,
                      uint64_t pages_before)

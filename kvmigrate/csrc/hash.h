@@ -29,8 +29,10 @@ static inline void kmig_hash_set(struct kmig_memory *memory, struct kmig_slot *s
         return;
     uint64_t gfn = slot->base_gfn + page;
     slot->hash[page] = hash;
-    memory->digest += kmig_digest_term(gfn, hash) - kmig_digest_term(gfn, old);
-    memory->nr_hashed += (uint64_t)(hash != 0) - (uint64_t)(old != 0);
+    // Several connections may be at it, each with pages of its own.
+    __atomic_fetch_add(&memory->digest, kmig_digest_term(gfn, hash) - kmig_digest_term(gfn, old), __ATOMIC_RELAXED);
+    if (!hash != !old)
+        __atomic_fetch_add(&memory->nr_hashed, hash ? 1 : UINT64_MAX, __ATOMIC_RELAXED);
 }
 
 #endif

@@ -15,6 +15,19 @@ static inline uint8_t *kmig_memory_hva(const struct kmig_memory *memory, uint64_
     return slot->hva + (gfn - slot->base_gfn) * KMIG_PAGE_BYTES;
 }
 
+// Give slot its hva, and its fd if it has one, made of backend. After an error both may be there all the same.
+int kmig_backend_map(int backend, struct kmig_slot *slot);
+
+// Keep memory of a guest out of core dumps and child processes.
+void kmig_backend_keep_private(void *at, uint64_t size_bytes);
+
+// Make the pages first..end of slot zero, and give them back where memory can be had again later. Marks nothing as written.
+int kmig_backend_empty(struct kmig_memory *memory, struct kmig_slot *slot, uint64_t first, uint64_t end);
+
+// Set bit n of bitmap for each page first + n of slot, up to end, that may hold anything but zeros, but for what is backed.
+int kmig_slot_resident(struct kmig_memory *memory, const struct kmig_slot *slot, uint64_t first, uint64_t end,
+                       uint64_t *bitmap);
+
 // How many windows so many pages take.
 static inline uint64_t kmig_windows_of(uint64_t nr_pages)
 {
@@ -85,6 +98,25 @@ void kmig_run_received(struct kmig_memory *memory, const struct kmig_page_run *r
 
 // Turn KVM's logging of one slot on or off; there must be a VM.
 int kmig_memory_log_slot(const struct kmig_memory *memory, uint32_t slot_index, bool on);
+
+int kmig_cursor_create(struct kmig_cursor **ret);
+void kmig_cursor_destroy(struct kmig_cursor *cursor);
+
+// Take the next pages of the round: a piece of them, which is round's alone from then on. Returns 1, 0 when there are none
+// left, or -errno.
+int kmig_cursor_next(struct kmig_memory *memory, struct kmig_round *round);
+
+// Everything that round took has been delivered, and there is nothing left to take.
+void kmig_cursor_ended(struct kmig_memory *memory, struct kmig_round *round);
+
+// Not everything that round took will be delivered.
+static inline void kmig_cursor_failed(struct kmig_round *round)
+{
+    round->ended = 1;
+}
+
+// What was taken is pending again.
+void kmig_cursor_put_back(struct kmig_memory *memory, struct kmig_slot *slot, uint64_t first, uint64_t end);
 
 // Forget all hashes: the other side holds nothing yet.
 void kmig_memory_forget_hashes(struct kmig_memory *memory);

@@ -9,18 +9,24 @@
 #include "hash.h"
 #include "internal.h"
 
-#define HUGE_PAGE_BYTES (UINT64_C(2) << 20)
 #define MAX_GFN (UINT64_C(1) << 40)
 
-int kmig_memory_create(struct kmig_memory **ret)
+int kmig_memory_create(int backend, struct kmig_memory **ret)
 {
+    if (backend < KMIG_BACKEND_ANONYMOUS || backend > KMIG_BACKEND_HUGETLBFS)
+        return -EINVAL;
     struct kmig_memory *memory = calloc(1, sizeof(*memory));
     if (!memory)
         return -ENOMEM;
+    memory->backend = backend;
     memory->vm_fd = -1;
-    memory->pagemap_fd = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
-    if (memory->pagemap_fd < 0) {
-        int rc = -errno;
+    int rc = kmig_cursor_create(&memory->cursor);
+    if (rc == 0) {
+        memory->pagemap_fd = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
+        rc = memory->pagemap_fd < 0 ? -errno : 0;
+    }
+    if (rc < 0) {
+        kmig_cursor_destroy(memory->cursor);
         free(memory);
         return rc;
     }
@@ -40,6 +46,8 @@ static void slot_release(struct kmig_slot *slot)
     uint64_t window_bytes = kmig_bits_words(kmig_windows_of(slot->nr_pages)) * 8;
 
     unmap(slot->hva, slot->nr_pages * KMIG_PAGE_BYTES);
+    if (slot->fd >= 0)
+        close(slot->fd);
     unmap(slot->host_dirty, bitmap_bytes);
     unmap(slot->host_windows, window_bytes);
     unmap(slot->backed, bitmap_bytes);
@@ -57,6 +65,7 @@ void kmig_memory_destroy(struct kmig_memory *memory)
     for (uint32_t i = 0; i < memory->nr_slots; i++)
         slot_release(&memory->slot[i]);
     close(memory->pagemap_fd);
+    kmig_cursor_destroy(memory->cursor);
     free(memory);
 }
 
@@ -65,29 +74,6 @@ static void *map_zeroed(uint64_t size_bytes)
 {
     void *at = mmap(NULL, size_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     return at == MAP_FAILED ? NULL : at;
-}
-
-static void advise(void *at, uint64_t size_bytes)
-{
-    // A kernel without transparent huge pages refuses this; memory is then slower to touch and works all the same.
-    madvise(at, size_bytes, MADV_HUGEPAGE);
-    // Guest RAM in a core dump helps nobody and may be secret.
-    madvise(at, size_bytes, MADV_DONTDUMP);
-}
-
-// hva and gpa must agree modulo 2 MiB: only then can KVM map a huge page of the host as one of the guest
-// (kvm_mmu_hugepage_adjust and lpage_info in arch/x86/kvm).
-static uint8_t *map_ram(uint64_t base_gfn, uint64_t size_bytes)
-{
-    uint8_t *area = map_zeroed(size_bytes + HUGE_PAGE_BYTES);
-    if (!area)
-        return NULL;
-    uint64_t head = (base_gfn * KMIG_PAGE_BYTES - (uintptr_t)area) % HUGE_PAGE_BYTES;
-    if (head)
-        munmap(area, head);
-    munmap(area + head + size_bytes, HUGE_PAGE_BYTES - head);
-    advise(area + head, size_bytes);
-    return area + head;
 }
 
 static int check_new_slot(const struct kmig_memory *memory, uint32_t id, uint64_t base_gfn, uint64_t nr_pages)
@@ -115,7 +101,7 @@ int kmig_memory_add(struct kmig_memory *memory, uint32_t id, uint64_t base_gfn, 
         .id = id,
         .base_gfn = base_gfn,
         .nr_pages = nr_pages,
-        .hva = map_ram(base_gfn, nr_pages * KMIG_PAGE_BYTES),
+        .fd = -1,
         .host_dirty = map_zeroed(bitmap_bytes),
         .host_windows = map_zeroed(window_bytes),
         .backed = map_zeroed(bitmap_bytes),
@@ -125,10 +111,13 @@ int kmig_memory_add(struct kmig_memory *memory, uint32_t id, uint64_t base_gfn, 
         .log = map_zeroed(bitmap_bytes),
         .hash = map_zeroed(nr_pages * sizeof(*slot.hash)),
     };
-    if (!slot.hva || !slot.host_dirty || !slot.host_windows || !slot.backed || !slot.pending || !slot.pending_windows ||
-        !slot.empty_windows || !slot.log || !slot.hash) {
+    rc = kmig_backend_map(memory->backend, &slot);
+    if (!rc && (!slot.host_dirty || !slot.host_windows || !slot.backed || !slot.pending || !slot.pending_windows ||
+                !slot.empty_windows || !slot.log || !slot.hash))
+        rc = -ENOMEM;
+    if (rc) {
         slot_release(&slot);
-        return -ENOMEM;
+        return rc;
     }
     memory->slot[memory->nr_slots++] = slot;
     return 0;
@@ -193,6 +182,9 @@ int kmig_memory_map_file(struct kmig_memory *memory, uint64_t gfn, uint64_t nr_p
 
     if (!slot || !nr_pages)
         return -EFAULT;
+    // Memory that is shared or huge would not be any more.
+    if (slot->fd >= 0)
+        return -EOPNOTSUPP;
     if (fstat(fd, &status) < 0)
         return -errno;
     size_bytes = nr_pages * KMIG_PAGE_BYTES;
@@ -203,7 +195,7 @@ int kmig_memory_map_file(struct kmig_memory *memory, uint64_t gfn, uint64_t nr_p
                     MAP_PRIVATE | MAP_FIXED | MAP_NORESERVE, fd, (off_t)offset);
     if (at == MAP_FAILED)
         return -errno;
-    madvise(at, size_bytes, MADV_DONTDUMP);
+    kmig_backend_keep_private(at, size_bytes);
     kmig_bits_set_range(slot->backed, page, page + nr_pages);
     return 0;
 }
@@ -284,23 +276,6 @@ int kmig_memory_prefault(struct kmig_memory *memory, uint64_t gfn, uint64_t nr_p
     return 0;
 }
 
-// Memory that comes from a file would come from there again when it is dropped: put empty memory in its place, in one
-// piece, since the kernel bounds how many mappings there are.
-static int slot_empty(struct kmig_slot *slot)
-{
-    uint64_t size_bytes = slot->nr_pages * KMIG_PAGE_BYTES;
-    const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE;
-
-    if (kmig_bits_next(slot->backed, 0, slot->nr_pages) == slot->nr_pages)
-        return madvise(slot->hva, size_bytes, MADV_DONTNEED) < 0 ? -errno : 0;
-    if (mmap(slot->hva, size_bytes, PROT_READ | PROT_WRITE, flags, -1, 0) == MAP_FAILED)
-        return -errno;
-    advise(slot->hva, size_bytes);
-    for (size_t word = 0; word < kmig_bits_words(slot->nr_pages); word++)
-        __atomic_store_n(&slot->backed[word], 0, __ATOMIC_RELAXED);
-    return 0;
-}
-
 static int slot_clear(struct kmig_memory *memory, uint32_t slot_index)
 {
     struct kmig_slot *slot = &memory->slot[slot_index];
@@ -311,7 +286,7 @@ static int slot_clear(struct kmig_memory *memory, uint32_t slot_index)
         return -ENOMEM;
     long rc = kmig_memory_resident(memory, slot_index, 0, slot->nr_pages, resident);
     if (rc >= 0)
-        rc = slot_empty(slot);
+        rc = kmig_backend_empty(memory, slot, 0, slot->nr_pages);
     // After they are empty: who copied them before copies them again, as zeros.
     for (size_t word = 0; rc >= 0 && word < nr_words; word++)
         if (resident[word])

@@ -76,152 +76,6 @@ void kmig_memory_forget_hashes(struct kmig_memory *memory)
     memory->nr_hashed = 0;
 }
 
-void kmig_round_begin(struct kmig_memory *memory, struct kmig_round *round)
-{
-    uint64_t *const counters[] = {&round->pages_total, &round->pages_done,    &round->pages_zero, &round->pages_sent,
-                                  &round->pages_cleared, &round->bytes_sent, &round->busy_ns, &round->pages_delta};
-
-    for (size_t i = 0; i < sizeof(counters) / sizeof(*counters); i++)
-        __atomic_store_n(counters[i], 0, __ATOMIC_RELAXED);
-    round->slot = 0;
-    round->page = 0;
-    round->window_end = 0;
-    if (round->first)
-        kmig_memory_forget_hashes(memory);
-    if (round->delta)
-        kmig_delta_begin(round->delta, round->first);
-    for (uint32_t i = 0; i < memory->nr_slots; i++) {
-        // Pending until its window comes up: a round that is broken off has then forgotten nothing.
-        if (round->first)
-            kmig_slot_all_pending(&memory->slot[i]);
-        else
-            kmig_count(&round->pages_total, kmig_slot_count_pending(&memory->slot[i]));
-    }
-}
-
-// Take the window's pending pages out of the log: KVM's, which write-protects them again, and the VMM's.
-static int clear_window(struct kmig_memory *memory, uint32_t slot_index, uint64_t first, uint64_t end)
-{
-    struct kmig_slot *slot = &memory->slot[slot_index];
-
-    if (kmig_bits_next(slot->pending, first, end) == end)
-        return 0;
-    for (uint64_t word = first / 64; word < kmig_bits_words(end); word++)
-        if (__atomic_load_n(&slot->host_dirty[word], __ATOMIC_RELAXED) & slot->pending[word])
-            __atomic_fetch_and(&slot->host_dirty[word], ~slot->pending[word], __ATOMIC_SEQ_CST);
-    if (KMIG_FAULT("copy-before-clear"))
-        return 0;
-    return kmig_dirty_clear(memory, slot_index, first, end - first, slot->pending + first / 64);
-}
-
-// Take what is not resident off pending. Returns how many pages stay, or -errno.
-static long reduce_to_resident(struct kmig_memory *memory, const struct kmig_round *round, uint64_t first, uint64_t end)
-{
-    uint64_t resident[KMIG_WINDOW_PAGES / 64] = {0};
-    uint64_t *pending = memory->slot[round->slot].pending;
-    long rc = kmig_memory_resident(memory, round->slot, first, end - first, resident);
-
-    if (rc < 0)
-        return rc;
-    for (uint64_t word = first / 64; word < kmig_bits_words(end); word++)
-        pending[word] &= resident[word - first / 64];
-    return (long)kmig_bits_count(pending, first, end);
-}
-
-// Prepare the window first..end of the slot in which the round stands.
-//
-// The order is what keeps a page from being lost. Clearing comes before anything else: a page that is written after it
-// is in the log again, so whatever is copied later than this is either the last version or will come up once more
-// (KVM api.rst, KVM_CLEAR_DIRTY_LOG; kernel commit 2a31b9db1535). Residency is asked after clearing for the same
-// reason: a page first touched before the clear is resident by then, one first touched after it is in the log.
-static int open_window(struct kmig_memory *memory, struct kmig_round *round, uint64_t first, uint64_t end)
-{
-    struct kmig_slot *slot = &memory->slot[round->slot];
-    uint64_t window = first / KMIG_WINDOW_PAGES;
-    bool was_empty = kmig_bits_test(slot->empty_windows, window);
-    uint64_t counted = round->first ? 0 : kmig_bits_count(slot->pending, first, end);
-
-    // What was found in an empty window is in the log as all of it is: now it is cleared there.
-    if (was_empty)
-        kmig_slot_pending(slot, first, end);
-    kmig_bits_unset(slot->empty_windows, window);
-    int rc = clear_window(memory, round->slot, first, end);
-    if (rc < 0 || !(round->first || was_empty))
-        return rc;
-    long resident = reduce_to_resident(memory, round, first, end);
-    if (resident < 0)
-        return (int)resident;
-    kmig_count(&round->pages_total, (uint64_t)resident - counted);
-    return 0;
-}
-
-// Whether nothing is resident in a window of the first round. Then clearing it in the log, which takes longer the more
-// pages there are and not the more of them are in use, is left for when something is: kmig_slot_find_touched looks.
-static int skip_if_empty(struct kmig_memory *memory, struct kmig_round *round, uint64_t first, uint64_t end)
-{
-    uint64_t resident[KMIG_WINDOW_PAGES / 64] = {0};
-    struct kmig_slot *slot = &memory->slot[round->slot];
-    long rc = kmig_memory_resident(memory, round->slot, first, end - first, resident);
-
-    if (rc != 0 || memory->no_pagemap_scan)
-        return rc < 0 ? (int)rc : 0;
-    memset(slot->pending + first / 64, 0, (kmig_bits_words(end) - first / 64) * 8);
-    kmig_bits_set(slot->empty_windows, first / KMIG_WINDOW_PAGES);
-    return 1;
-}
-
-#ifdef KMIG_PLANTED_FAULTS
-// For "copy-before-clear": what should have happened before the window was copied.
-static int close_window(struct kmig_memory *memory, const struct kmig_round *round)
-{
-    uint64_t first = round->window_end ? (round->window_end - 1) / KMIG_WINDOW_PAGES * KMIG_WINDOW_PAGES : 0;
-    uint64_t all[KMIG_WINDOW_PAGES / 64];
-
-    if (!KMIG_FAULT("copy-before-clear") || !round->window_end)
-        return 0;
-    memset(all, 0xff, sizeof(all));
-    return kmig_dirty_clear(memory, round->slot, first, round->window_end - first, all);
-}
-#endif
-
-// Go on to the next window in which anything is pending. Returns 1, or 0 when the round has been through all slots.
-static int next_window(struct kmig_memory *memory, struct kmig_round *round)
-{
-    int rc = 0;
-
-    if (kmig_aborted(round->abort_fd))
-        return -ECANCELED;
-#ifdef KMIG_PLANTED_FAULTS
-    rc = close_window(memory, round);
-    if (rc < 0)
-        return rc;
-#endif
-    if (round->window_end)
-        kmig_bits_unset(memory->slot[round->slot].pending_windows, (round->window_end - 1) / KMIG_WINDOW_PAGES);
-    for (; round->slot < memory->nr_slots; round->slot++) {
-        const struct kmig_slot *slot = &memory->slot[round->slot];
-        uint64_t nr_windows = kmig_windows_of(slot->nr_pages);
-        uint64_t window = kmig_bits_next(slot->pending_windows, kmig_windows_of(round->window_end), nr_windows);
-        if (window < nr_windows) {
-            round->page = window * KMIG_WINDOW_PAGES;
-            break;
-        }
-        round->page = round->window_end = 0;
-    }
-    if (round->slot == memory->nr_slots)
-        return 0;
-    uint64_t end = kmig_window_end(&memory->slot[round->slot], round->page);
-    rc = round->first ? skip_if_empty(memory, round, round->page, end) : 0;
-    if (rc == 0)
-        rc = open_window(memory, round, round->page, end);
-    if (rc < 0)
-        return rc;
-    round->window_end = end;
-    if (rc > 0)
-        round->page = end;
-    return 1;
-}
-
 // Append one page, to the last run if it goes on there.
 static void append(struct kmig_chunk *chunk, uint64_t gfn, uint32_t kind, uint8_t *hva)
 {
@@ -285,6 +139,15 @@ static uint32_t take_page(struct kmig_memory *memory, struct kmig_round *round, 
     return 1;
 }
 
+// Nothing is left to take. A connection is at its end when its last chunk has gone too.
+static int end_of_round(struct kmig_memory *memory, struct kmig_round *round, const struct kmig_chunk *chunk)
+{
+    if (chunk->nr_runs)
+        return 1;
+    kmig_cursor_ended(memory, round);
+    return 0;
+}
+
 int kmig_round_next(struct kmig_memory *memory, struct kmig_round *round, struct kmig_chunk *chunk, uint8_t *bounce)
 {
     uint32_t limit = chunk_limit(round);
@@ -295,15 +158,15 @@ int kmig_round_next(struct kmig_memory *memory, struct kmig_round *round, struct
     chunk->nr_delta_pages = 0;
     chunk->bases = 0;
     while (nr_pages < limit) {
-        if (round->page == round->window_end) {
-            int rc = next_window(memory, round);
+        if (round->page == round->piece_end) {
+            int rc = kmig_cursor_next(memory, round);
             if (rc < 0)
                 kmig_round_put_back(memory, round, chunk);
             if (rc <= 0)
-                return rc < 0 ? rc : chunk->nr_runs > 0;
+                return rc < 0 ? rc : end_of_round(memory, round, chunk);
         }
-        round->page = kmig_bits_next(memory->slot[round->slot].pending, round->page, round->window_end);
-        if (round->page == round->window_end)
+        round->page = kmig_bits_next(memory->slot[round->slot].pending, round->page, round->piece_end);
+        if (round->page == round->piece_end)
             continue;
         nr_pages += take_page(memory, round, chunk, bounce);
         round->page++;
@@ -315,13 +178,14 @@ void kmig_round_put_back(struct kmig_memory *memory, struct kmig_round *round, c
 {
     if (KMIG_FAULT("forget-put-back"))
         return;
+    kmig_cursor_failed(round);
     kmig_count(&round->pages_delta, -(uint64_t)chunk->nr_delta_pages);
     for (uint32_t i = 0; i < chunk->nr_runs; i++) {
         const struct kmig_page_run *run = &chunk->run[i];
         struct kmig_slot *slot = kmig_memory_slot(memory, run->gfn);
         uint64_t first = run->gfn - slot->base_gfn;
 
-        kmig_slot_pending(slot, first, first + run->nr_pages);
+        kmig_cursor_put_back(memory, slot, first, first + run->nr_pages);
         // The other side may hold the old bytes: a hash that is not 0 has the page announced again if it is still zero.
         if (run->kind == KMIG_RUN_ZERO)
             for (uint64_t page = first; page < first + run->nr_pages; page++)

@@ -108,6 +108,42 @@ static int read_all(const struct kmig_memory *memory, const struct kmig_slot *sl
     return 0;
 }
 
+// Add the pages that a memory file holds and the page tables do not tell of: those that were swapped out or made part of a
+// huge page lose their entries there (Documentation/admin-guide/mm/pagemap.rst, "Exceptions for Shared Memory"). Nearly all
+// are found before, so that this asks once or twice.
+static int seek(const struct kmig_slot *slot, uint64_t first, uint64_t end, uint64_t *bitmap, uint64_t *windows)
+{
+    uint64_t nr_pages = end - first, page;
+
+    for (uint64_t at = kmig_bits_next_unset(bitmap, 0, nr_pages); at < nr_pages;
+         at = kmig_bits_next_unset(bitmap, page, nr_pages)) {
+        off_t found = lseek(slot->fd, (off_t)((first + at) * KMIG_PAGE_BYTES), SEEK_DATA);
+        if (found < 0)
+            return errno == ENXIO ? 0 : -errno;
+        page = (uint64_t)found / KMIG_PAGE_BYTES - first;
+        if (page >= nr_pages)
+            return 0;
+        kmig_bits_set(bitmap, page);
+        if (windows)
+            kmig_bits_set(windows, (first + page) / KMIG_WINDOW_PAGES);
+    }
+    return 0;
+}
+
+int kmig_slot_resident(struct kmig_memory *memory, const struct kmig_slot *slot, uint64_t first, uint64_t end,
+                       uint64_t *bitmap)
+{
+    int rc = memory->no_pagemap_scan ? -ENOTTY : scan(memory, slot, first, end, bitmap, NULL);
+
+    if (rc == -ENOTTY || rc == -EINVAL) {
+        memory->no_pagemap_scan = 1;
+        rc = read_all(memory, slot, first, end, bitmap);
+    }
+    if (rc == 0 && memory->backend == KMIG_BACKEND_MEMFD)
+        rc = seek(slot, first, end, bitmap, NULL);
+    return rc;
+}
+
 long kmig_memory_resident(struct kmig_memory *memory, uint32_t slot_index, uint64_t first, uint64_t nr_pages,
                           uint64_t *bitmap)
 {
@@ -117,11 +153,7 @@ long kmig_memory_resident(struct kmig_memory *memory, uint32_t slot_index, uint6
     if (first % 64 || first > slot->nr_pages || nr_pages > slot->nr_pages - first)
         return -EINVAL;
     uint64_t end = first + nr_pages;
-    int rc = memory->no_pagemap_scan ? -ENOTTY : scan(memory, slot, first, end, bitmap, NULL);
-    if (rc == -ENOTTY || rc == -EINVAL) {
-        memory->no_pagemap_scan = 1;
-        rc = read_all(memory, slot, first, end, bitmap);
-    }
+    int rc = kmig_slot_resident(memory, slot, first, end, bitmap);
     if (rc < 0)
         return rc;
     for (uint64_t word = first / 64; word < kmig_bits_words(end); word++)
@@ -189,7 +221,10 @@ int kmig_slot_find_touched(const struct kmig_memory *memory, struct kmig_slot *s
         end = kmig_bits_next_unset(slot->empty_windows, window, nr_windows);
         uint64_t first = window * KMIG_WINDOW_PAGES;
         uint64_t last = end == nr_windows ? slot->nr_pages : end * KMIG_WINDOW_PAGES;
-        int rc = scan(memory, slot, first, last, slot->pending + first / 64, slot->pending_windows);
+        uint64_t *pending = slot->pending + first / 64;
+        int rc = scan(memory, slot, first, last, pending, slot->pending_windows);
+        if (rc == 0 && memory->backend == KMIG_BACKEND_MEMFD)
+            rc = seek(slot, first, last, pending, slot->pending_windows);
         if (rc < 0)
             return rc;
     }

@@ -1,7 +1,7 @@
 // The thread of a balloon (virtio 1.2, 5.5). What the guest does without is given back to the host at once and reads as
-// zeros from then on: it takes no memory here, and a migration or a snapshot finds nothing there to copy.
+// zeros from then on: it takes no memory here (but for huge pages that were set aside for the guest), and a migration or a
+// snapshot finds nothing there to copy.
 #include <endian.h>
-#include <sys/mman.h>
 
 #include "bits.h"
 #include "internal.h"
@@ -11,28 +11,11 @@
 #define MAX_NUMBERS (1 << 20)
 #define NUMBERS_AT_ONCE 256
 
-// Part of a slot that lies in a file comes from there again when it is dropped: put empty memory in its place.
-static bool drop(struct kmig_slot *slot, uint64_t page, uint64_t nr_pages)
-{
-    uint8_t *at = slot->hva + page * KMIG_PAGE_BYTES;
-    uint64_t size_bytes = nr_pages * KMIG_PAGE_BYTES, end = page + nr_pages;
-
-    if (kmig_bits_next(slot->backed, page, end) == end)
-        return madvise(at, size_bytes, MADV_DONTNEED) == 0;
-    if (mmap(at, size_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE, -1, 0) ==
-        MAP_FAILED)
-        return false;
-    madvise(at, size_bytes, MADV_DONTDUMP);
-    for (uint64_t word = page / 64; word < kmig_bits_words(end); word++)
-        __atomic_fetch_and(&slot->backed[word], ~kmig_bits_mask(word, page, end), __ATOMIC_RELAXED);
-    return true;
-}
-
 // Give pages back to the host. Where the kernel does not take them (its limit of mappings is reached) they stay as they
 // are, which the guest does not mind.
-static uint64_t give_back(struct kmig_slot *slot, uint64_t page, uint64_t nr_pages)
+static uint64_t give_back(struct kmig_memory *memory, struct kmig_slot *slot, uint64_t page, uint64_t nr_pages)
 {
-    if (!nr_pages || !drop(slot, page, nr_pages))
+    if (!nr_pages || kmig_backend_empty(memory, slot, page, page + nr_pages) < 0)
         return 0;
     // After they are empty: who copied them before copies them again, as zeros.
     kmig_host_wrote(slot, page, page + nr_pages);
@@ -40,16 +23,16 @@ static uint64_t give_back(struct kmig_slot *slot, uint64_t page, uint64_t nr_pag
 }
 
 // The whole pages of a buffer, which lies in one slot.
-static uint64_t give_back_buffer(const struct kmig_memory *memory, const struct iovec *iov)
+static uint64_t give_back_buffer(struct kmig_memory *memory, const struct iovec *iov)
 {
     for (uint32_t i = 0; i < memory->nr_slots; i++) {
-        const struct kmig_slot *slot = &memory->slot[i];
+        struct kmig_slot *slot = &memory->slot[i];
         uint64_t offset = (uint64_t)((const uint8_t *)iov->iov_base - slot->hva);
         if ((const uint8_t *)iov->iov_base < slot->hva || offset >= slot->nr_pages * KMIG_PAGE_BYTES)
             continue;
         uint64_t first = (offset + KMIG_PAGE_BYTES - 1) / KMIG_PAGE_BYTES;
         uint64_t end = (offset + iov->iov_len) / KMIG_PAGE_BYTES;
-        return give_back((struct kmig_slot *)slot, first, end > first ? end - first : 0);
+        return give_back(memory, slot, first, end > first ? end - first : 0);
     }
     return 0;
 }
@@ -68,7 +51,7 @@ static bool inflate(struct kmig_virtio *device, struct kmig_virtio_balloon *ball
             struct kmig_slot *slot = kmig_memory_slot(device->memory, gfn);
             if (!slot)
                 return false;
-            kmig_count(&balloon->nr_inflated, give_back(slot, gfn - slot->base_gfn, 1));
+            kmig_count(&balloon->nr_inflated, give_back(device->memory, slot, gfn - slot->base_gfn, 1));
         }
     }
     return true;

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 from ..config import ClockPolicy, HostSide, MachineConfig
 from ..contract import RunState
@@ -49,7 +50,7 @@ class Machine:
         log_mode: LogMode | None = None,
         *,
         reboot: bool = True,
-        make_memory: Callable[[int], GuestMemory] = GuestMemory,
+        make_memory: Callable[[int], GuestMemory],
     ) -> None:
         self._clock = ClockPolicy.CONTINUE
         self._reboot = reboot
@@ -96,7 +97,10 @@ class Machine:
             cpuid = tuple(guest_cpuid(cpu, at, config.nr_cpus) for at in range(config.nr_cpus))
         files = read_files(config.boot, config.memory_bytes)
         description = Description.new(config, cpuid, BootSource.of(config.boot, files))
-        machine = cls(description, config.serial, RunState.PRELAUNCH, log_mode, reboot=config.reboot)
+        make_memory = partial(GuestMemory, backend=config.memory_backend)
+        machine = cls(
+            description, config.serial, RunState.PRELAUNCH, log_mode, reboot=config.reboot, make_memory=make_memory
+        )
         try:
             machine.platform.virtio.lock()
             load_image(machine.platform, config.boot, files, new_generation_id())
@@ -114,12 +118,12 @@ class Machine:
         log_mode: LogMode | None = None,
         clone: bool = False,
         clock: ClockPolicy = ClockPolicy.CONTINUE,
-        make_memory: Callable[[int], GuestMemory] = GuestMemory,
+        make_memory: Callable[[int], GuestMemory] | None = None,
     ) -> Machine:
         """The empty machine that :meth:`describe` described elsewhere, in INMIGRATE: load its state, then resume.
 
         ``here`` is what it is called and has on this host; a ``clone`` is another guest than the described one;
-        ``clock`` is what its clocks will make of the time since the save; ``make_memory`` gives it its RAM.
+        ``clock`` is what its clocks will make of the time since the save; ``make_memory`` gives it RAM that is there.
 
         Raises :class:`BadField` for a description that cannot be, :class:`RestoreRefused` when this host lacks a CPU
         feature that the guest knows of, :class:`ConfigError` or :class:`HostError` for a part that cannot be had.
@@ -129,7 +133,12 @@ class Machine:
             description = description.cloned()
         description = description.on(here)
         machine = cls(
-            description, here.serial, RunState.INMIGRATE, log_mode, reboot=here.reboot, make_memory=make_memory
+            description,
+            here.serial,
+            RunState.INMIGRATE,
+            log_mode,
+            reboot=here.reboot,
+            make_memory=make_memory or partial(GuestMemory, backend=here.memory_backend),
         )
         machine._clock = clock
         try:

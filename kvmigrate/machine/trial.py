@@ -11,12 +11,13 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ..config import DiskConfig, HostSide
+from ..config import DiskConfig, HostSide, MemoryBackend
 from ..devices.tap import tap_problem
 from ..devices.virtio.image import SECTOR_BYTES, DiskImage, open_disk
 from ..errors import ConfigError, HostError
 from ..kvm.cpuid import compare_cpuid
 from ..kvm.system import System
+from ..memory import huge
 from ..state.fidelity import Fidelity
 from ..state.section import Section, Value
 from .description import Description
@@ -30,13 +31,25 @@ class TrialMachine:
     """Implements :class:`kvmigrate.contract.Trial`. With ``parts``, what is wrong with the images and taps is found
     too, which a machine that was built already has opened."""
 
-    def __init__(self, description: Description, *, parts: bool, touched_bytes: int = 0) -> None:
+    def __init__(
+        self,
+        description: Description,
+        *,
+        parts: bool,
+        touched_bytes: int = 0,
+        backend: MemoryBackend = MemoryBackend.ANONYMOUS,
+    ) -> None:
         self._found = Fidelity()
         self._touched_bytes = touched_bytes
+        self._backend = backend
         self._platform: Platform | None = None
         self._missing = {
             spec.name: problem for spec in description.virtio if parts and (problem := part_problem(spec, self._found))
         }
+        # A machine that was built already has them.
+        if parts and backend is MemoryBackend.HUGETLBFS:
+            with refusing(self._found, "memory"):
+                huge.require(description.memory_bytes, held_bytes=touched_bytes)
         with refusing(self._found, "machine"):
             self._platform = self._build(description)
 
@@ -49,9 +62,10 @@ class TrialMachine:
         ``touched_bytes`` of memory are in use here for the guest already."""
         description = Description.from_value(value).on(here)
         # Whatever listens at the other end of a console, as of the serial port, is not bothered by a trial.
-        return cls(description.on(HostSide()), parts=parts, touched_bytes=touched_bytes)
+        return cls(description.on(HostSide()), parts=parts, touched_bytes=touched_bytes, backend=here.memory_backend)
 
     def _build(self, description: Description) -> Platform:
+        # Of anonymous memory: nobody touches it, and huge pages would be set aside twice.
         backings = Backings(_stand_in_disk, _stand_in_tap)
         try:
             platform = Platform(
@@ -76,7 +90,7 @@ class TrialMachine:
         fidelity = Fidelity()
         fidelity.merge(self._found)
         available = available_bytes() + self._touched_bytes
-        if resident_bytes > available:
+        if self._backend is not MemoryBackend.HUGETLBFS and resident_bytes > available:
             why = "the guest's memory in use is more than what is free here, with the swap"
             fidelity.refused("memory", f"{resident_bytes >> 20} MiB", f"{available >> 20} MiB", why)
         if self._platform is not None:

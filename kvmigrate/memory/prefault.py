@@ -9,10 +9,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 
+from ..config import MemoryBackend
 from ..errors import HostError
-from .region import HUGE_PAGES, GuestMemory
-
-STEP_PAGES = 64 * HUGE_PAGES
+from .region import HUGE_PAGES, STEP_PAGES, GuestMemory
 
 
 class Prefault:
@@ -50,8 +49,9 @@ class SpareMemory:
     """RAM of ``size_bytes`` that is touched before it is known whose it will be. Raises what :class:`GuestMemory`
     raises, and :class:`HostError` when the host has no room for it."""
 
-    def __init__(self, size_bytes: int) -> None:
-        self._memory: GuestMemory | None = GuestMemory(size_bytes)
+    def __init__(self, size_bytes: int, backend: MemoryBackend = MemoryBackend.ANONYMOUS) -> None:
+        self._backend = backend
+        self._memory: GuestMemory | None = GuestMemory(size_bytes, backend)
         self.touched_bytes = size_bytes
         """What is in use for the guest already, whether it has come or not; 0 once that was given back."""
         try:
@@ -69,7 +69,7 @@ class SpareMemory:
             memory, self._memory = self._memory, None
             return memory
         self.close()
-        return GuestMemory(size_bytes)
+        return GuestMemory(size_bytes, self._backend)
 
     def close(self) -> None:
         """Give back what nobody took. Idempotent."""

@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from .._core import ffi, lib
-from ..config import PAGE_BYTES
+from ..config import PAGE_BYTES, MemoryBackend
 from ..errors import ConfigError, StateError, check
+from . import huge
 from .layout import slots_for
 
 HUGE_PAGES = 512
 """Pages in a huge page."""
+STEP_PAGES = 64 * HUGE_PAGES
+"""How many are touched or read at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,20 +28,25 @@ class Slot:
 
 
 class GuestMemory:
-    """The RAM of one guest of ``size_bytes`` (a multiple of 4096), private to this process and empty at first.
+    """The RAM of one guest of ``size_bytes`` (a multiple of 4096), empty at first, made of what ``backend`` says.
 
     Every write by the VMM goes through :meth:`write`, which marks the pages for the dirty log: KVM logs only what
     the guest writes. Close it when no vCPU can run any more. Raises :class:`ConfigError` for a size that cannot be
-    meant, :class:`HostError` when the host has no room.
+    meant or huge pages that the host has too few of, :class:`HostError` when the host has no room.
     """
 
-    def __init__(self, size_bytes: int) -> None:
+    def __init__(self, size_bytes: int, backend: MemoryBackend = MemoryBackend.ANONYMOUS) -> None:
         if size_bytes <= 0 or size_bytes % PAGE_BYTES:
             raise ConfigError(f"{size_bytes} bytes of memory cannot be had: take a multiple of {PAGE_BYTES}")
+        if backend is MemoryBackend.HUGETLBFS:
+            # The kernel has the last word, and fewer of them.
+            huge.require(size_bytes)
         self.size_bytes = size_bytes
+        self.backend = backend
         self.slots = tuple(Slot(*slot) for slot in slots_for(size_bytes))
         created = ffi.new("struct kmig_memory **")
-        check(lib.kmig_memory_create(created), "/proc/self/pagemap", "it tells which pages of the guest are in use")
+        rc = lib.kmig_memory_create(_C_BACKEND[backend], created)
+        check(rc, "/proc/self/pagemap", "it tells which pages of the guest are in use")
         self._handle: Any = created[0]
         try:
             for slot in self.slots:
@@ -86,7 +94,8 @@ class GuestMemory:
 
     def map_file(self, gfn: int, nr_pages: int, fd: int, offset: int) -> None:
         """Let ``nr_pages`` from ``gfn`` on show the file ``fd`` from byte ``offset`` on, privately: what the guest
-        writes stays here. The file must not change or shrink from then on. Raises :class:`HostError`."""
+        writes stays here. The file must not change or shrink from then on. Only for anonymous memory. Raises
+        :class:`HostError`."""
         rc = lib.kmig_memory_map_file(self.handle, gfn, nr_pages, fd, offset)
         check(rc, f"mapping {nr_pages} pages of the memory file at {offset:#x} to gfn {gfn:#x}")
 
@@ -152,3 +161,10 @@ class GuestMemory:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+_C_BACKEND = {
+    MemoryBackend.ANONYMOUS: lib.KMIG_BACKEND_ANONYMOUS,
+    MemoryBackend.MEMFD: lib.KMIG_BACKEND_MEMFD,
+    MemoryBackend.HUGETLBFS: lib.KMIG_BACKEND_HUGETLBFS,
+}

@@ -1,9 +1,11 @@
-"""Answering QUERY on the destination's listening socket, beside the migration and after it, until nobody can ask."""
+"""The destination's listening socket beside a migration and after it: answers QUERY until nobody can ask, and lets
+further connections join the guest that is on its way in."""
 
 from __future__ import annotations
 
 import socket
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 
 from ..errors import Cancelled, KvmigrateError, StateError
@@ -12,18 +14,21 @@ from . import wire
 from .abort import Abort
 from .address import Listener
 from .asking import DECIDED
-from .channel import Channel, unexpected
+from .channel import Channel, Frame, unexpected
 from .custody import Custody
 
 ANSWER_TIMEOUT_MS = 2000.0
 
 
 class Answering:
-    """Answers from ``custody`` in a thread until that is settled or :meth:`stop` comes; then closes ``listener``."""
+    """Answers from ``custody`` in a thread until that is settled or :meth:`stop` comes; then closes ``listener``.
 
-    def __init__(self, listener: Listener, custody: Custody) -> None:
+    ``join`` is given each connection that begins with JOIN, and takes it over or raises."""
+
+    def __init__(self, listener: Listener, custody: Custody, join: Callable[[Channel, Frame], None]) -> None:
         self._listener = listener
         self._custody = custody
+        self._join = join
         self._stop = Abort()
         self._thread = threading.Thread(target=self._run, name="answering", daemon=True)
 
@@ -49,6 +54,9 @@ class Answering:
         channel = Channel(sock, self._stop, ANSWER_TIMEOUT_MS, "the one who asks")
         try:
             frame = channel.recv()
+            if frame.kind == FrameKind.JOIN:
+                self._join(channel, frame)
+                return
             if frame.kind != FrameKind.QUERY:
                 raise StateError("busy with another guest", "waiting for one")
             answer = self._custody.answer(wire.Query.from_payload(frame.payload))
@@ -57,8 +65,7 @@ class Answering:
         except KvmigrateError as error:
             # Whoever connects may send anything: it costs him his connection and nothing else.
             channel.close_with(FrameKind.FAILED, wire.Failed.of(error).to_value())
-        finally:
-            channel.close()
+        channel.close()
 
 
 def send_answer(channel: Channel, answer: wire.Answer) -> bool:

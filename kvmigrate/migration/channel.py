@@ -52,6 +52,8 @@ MAX_BYTES: Mapping[int, int] = {
     FrameKind.QUERY: 4 * _KIB,
     FrameKind.ANSWER: 16 * _KIB,
     FrameKind.DONE: 4 * _KIB,
+    FrameKind.JOIN: 4 * _KIB,
+    FrameKind.LAST: 4 * _KIB,
 }
 """The most that the payload of each kind may hold; checked before any of it is read."""
 
@@ -204,6 +206,11 @@ class Channel:
         left_ms = (at - time.monotonic()) * 1e3
         if left_ms > 0:
             self.abort.sleep(left_ms)
+
+    def hand_over(self, abort: Abort, timeout_ms: float, peer: str) -> None:
+        """From now on this serves another purpose than it was accepted for."""
+        _tune(self._sock, timeout_ms)
+        self.abort, self.timeout_ms, self.peer = abort, timeout_ms, peer
 
     def close(self) -> None:
         """Close at once. Idempotent."""

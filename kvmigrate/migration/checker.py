@@ -14,11 +14,11 @@ from ..state.frame import HEADER, FrameKind
 from ..state.section import encode
 from . import wire
 from .abort import Abort
-from .address import connect
 from .blackout import Stopwatch, quiet_interpreter
 from .channel import Channel, expect
 from .checks import CHECK, ONLY, Check, Checked, CheckResult
 from .handover import refuse_ended
+from .joining import dial
 
 MOVABLE = (RunState.RUNNING, RunState.PAUSED, RunState.PRELAUNCH)
 BUILD_MS_PER_GIB = 1000.0
@@ -99,8 +99,7 @@ class Checker:
         :class:`StreamError` or :class:`HostError`."""
         require_movable(self._machine)
         try:
-            connected = connect(self._address, self._abort, self._timeout_ms)
-            channel = Channel(connected, self._abort, self._timeout_ms, str(self._address))
+            channel = dial(self._address, self._abort, self._timeout_ms)
             try:
                 return self._check(channel)
             finally:

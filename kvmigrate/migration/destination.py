@@ -23,7 +23,7 @@ from . import wire
 from .abort import Abort
 from .address import Listener
 from .answering import Answering, send_answer
-from .channel import Channel, unexpected
+from .channel import Channel, Frame, unexpected
 from .checks import ONLY
 from .custody import Custody, answer_of
 from .incoming import Incoming, State, greet
@@ -126,12 +126,11 @@ class Destination:
     def query(self) -> dict[str, Value]:
         """How far it is, as a map for JSON with QEMU's names. From any thread."""
         value: dict[str, Value] = {"status": self._status.value}
-        if self._channel is not None:
-            incoming = self._channel.incoming
+        if self._incoming is not None:
             value["ram"] = {
-                "transferred": incoming.bytes_received,
-                "normal": incoming.pages_received,
-                "duplicate": incoming.pages_cleared,
+                "transferred": self._incoming.received("bytes_received"),
+                "normal": self._incoming.received("pages_received"),
+                "duplicate": self._incoming.received("pages_cleared"),
             }
         return value
 
@@ -172,9 +171,13 @@ class Destination:
     def _take_custody(self, channel: Channel, hello: wire.Hello) -> Custody:
         record = Record(self._name, hello.uuid, hello.epoch, Role.DESTINATION, Entry.RECEIVING, hello.name, os.getpid())
         custody = Custody(self._journal, record)
-        self._answering = Answering(self._listener, custody)
+        self._answering = Answering(self._listener, custody, self._join)
         self._answering.start()
         return custody
+
+    def _join(self, channel: Channel, frame: Frame) -> None:
+        assert self._incoming is not None, "a guest in custody is on its way in"
+        self._incoming.join(channel, frame)
 
     def _follow(self, state: State) -> None:
         # Told before the blackout begins and after it has ended, never in it.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..contract import Migratable, RunState
 from ..errors import BadChecksum, MigrationError
@@ -14,7 +14,8 @@ from ..state.section import encode, pack
 from . import wire
 from .blackout import Stopwatch
 from .channel import Channel, expect, unexpected
-from .pages import StreamSink
+from .sink import StreamSink
+from .status import MigrationResult
 
 ENDED = (RunState.SHUTDOWN, RunState.INTERNAL_ERROR)
 
@@ -95,6 +96,27 @@ def refuse_ended(machine: Migratable) -> None:
     """Raise :class:`MigrationError` when the guest has ended by itself: there is nothing to move any more."""
     if machine.runstate in ENDED:
         raise MigrationError(f"the guest ended ({machine.runstate.value}) while it was being migrated")
+
+
+def measured(
+    result: MigrationResult, precopy: PreCopy | None, switched: Switched, handed_over: HandedOver | None
+) -> MigrationResult:
+    """``result`` with what is known after the end; without ``handed_over`` only that it went over."""
+    result = replace(result, digest=switched.digest, error="")
+    if handed_over is not None:
+        result = replace(
+            result,
+            downtime_ms=handed_over.total,
+            one_way_ms=one_way_ms(handed_over),
+            parts=downtime_parts(switched, handed_over),
+            fidelity=handed_over.running.fidelity,
+        )
+    if precopy is None:
+        return result
+    precopy.progress.finish()
+    expected_ms = result.expected_downtime_ms
+    result = result.at(precopy.progress.view(), precopy.progress.records)
+    return replace(result, expected_downtime_ms=expected_ms)
 
 
 def downtime_parts(switched: Switched, handed_over: HandedOver) -> Downtime:

@@ -18,7 +18,9 @@ from .channel import Channel, Frame, unexpected
 from .checks import CHECK
 from .custody import Custody
 from .delta import DELTA, Offer
+from .further import Further
 from .handover import rehearse
+from .joining import CONNECTIONS, Join
 from .pages import PAGES_DELTA, PAGES_ZSTD, Decompressor
 from .trying import answer_check, close_aside, read_description
 
@@ -57,6 +59,7 @@ class Incoming:
         self._take_custody = take_custody
         self._decompressor = Decompressor()
         self._taken = Offer(())
+        self._further = Further(channel, self._allowed_flags)
         self._quiet = ExitStack()
         self._prefault: Prefault | None = None
         self._sections: list[Section] = []
@@ -89,6 +92,26 @@ class Incoming:
         """Give the interpreter back its manners, and stop what else was under way. Idempotent."""
         self._quiet.close()
         self._stop_prefault()
+        self._further.stop()
+
+    def join(self, channel: Channel, frame: Frame) -> None:
+        """Take a further connection, which begins with JOIN; from any thread. Raises :class:`StreamError` and
+        :class:`MigrationError` for one that does not belong here: it stays the caller's."""
+        join = Join.from_payload(frame.payload)
+        if CONNECTIONS not in self._hello.features or (join.uuid, join.epoch) != (self._hello.uuid, self._hello.epoch):
+            raise BadField("JOIN: no such guest is on its way in here")
+        # They may come on the heels of the answer that this side is still busy with.
+        if self.state not in (State.GREETED, State.BUILT, State.RECEIVING):
+            raise unexpected(frame, self.state.value)
+        self._further.join(channel, join, self._built().memory)
+
+    def received(self, counter: str) -> int:
+        """A counter of ``struct kmig_incoming``, of all connections."""
+        return int(getattr(self._channel.incoming, counter)) + self._further.count(counter)
+
+    def _allowed_flags(self) -> int:
+        zstd = PAGES_ZSTD if "zstd" in self._hello.features else 0
+        return zstd | (PAGES_DELTA if DELTA in self._taken.features else 0)
 
     def _stop_prefault(self) -> None:
         if self._prefault is not None:
@@ -137,12 +160,7 @@ class Incoming:
 
     def _pages(self, frame: Frame) -> State:
         # Only those with flags come this far, with their table checked: C has written the others already.
-        flags = self._channel.incoming.frame_flags
-        if flags & PAGES_ZSTD and "zstd" not in self._hello.features:
-            raise BadField("PAGES: compressed, but HELLO did not announce zstd")
-        if flags & PAGES_DELTA and DELTA not in self._taken.features:
-            raise BadField("PAGES: as changes, which nobody has agreed on")
-        self._decompressor.apply(self._built().memory, self._channel)
+        self._decompressor.apply(self._built().memory, self._channel, self._allowed_flags())
         return self.state
 
     def _offer(self, frame: Frame) -> State:
@@ -173,16 +191,18 @@ class Incoming:
         watch = Stopwatch()
         self.fidelity = self._built().load(self._sections)
         self.fidelity.require()
+        self._further.loaded()
         self._load_ms = watch.lap()
         return State.LOADED
 
     def _end(self, frame: Frame) -> State:
         watch = Stopwatch()
         end = wire.End.from_payload(frame.payload)
-        memory, incoming = self._built().memory, self._channel.incoming
+        self._further.finish()
+        memory = self._built().memory
         for what, here, there in (
-            ("data pages", incoming.pages_received, end.pages),
-            ("cleared pages", incoming.pages_cleared, end.cleared),
+            ("data pages", self.received("pages_received"), end.pages),
+            ("cleared pages", self.received("pages_cleared"), end.cleared),
             ("pages that are not zero", memory.nr_hashed, end.nr_hashed),
             ("digest of the pages", memory.digest, end.digest),
         ):

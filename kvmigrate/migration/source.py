@@ -37,7 +37,6 @@ from ..precopy.rounds import PreCopy
 from ..state.frame import FrameKind
 from . import wire
 from .abort import Abort
-from .address import connect
 from .asking import DECIDED, Resolved, ask_until_decided
 from .blackout import quiet_interpreter
 from .channel import Channel, expect
@@ -48,15 +47,16 @@ from .handover import (
     HandedOver,
     Switched,
     commit,
-    downtime_parts,
-    one_way_ms,
+    measured,
     refuse_ended,
     rehearse,
     say_done,
     switch_over,
 )
+from .joining import CONNECTIONS, dial, open_further
 from .journal import Entry, Journal, Record, Role
-from .pages import StreamSink, announce_resident
+from .pages import announce_resident
+from .sink import StreamSink
 from .status import MigrationResult, Observer, Silence, Status
 
 LAST_WORD_MS = 300.0
@@ -95,6 +95,7 @@ class Source:
         self._abort = Abort()
         self._resolution = Abort()
         self._channel: Channel | None = None
+        self._sink: StreamSink | None = None
         self._precopy: PreCopy | None = None
         self._result = MigrationResult()
         self._begin_ns = time.monotonic_ns()
@@ -147,11 +148,9 @@ class Source:
         """Connect, agree on the version, and have the destination build the machine and try the state."""
         self._enter(Status.SETUP)
         require_movable(self._machine)
-        timeout_ms = self._parameters.timeout_ms
-        channel = Channel(connect(self._address, self._abort, timeout_ms), self._abort, timeout_ms, str(self._address))
-        self._channel = channel
-        features = (CHECK, "zstd") if self._parameters.compression.may_pack else (CHECK,)
-        introduce(channel, wire.Hello(wire.FORMAT, features, self._query.uuid, self._query.epoch, self._name))
+        self._channel = channel = dial(self._address, self._abort, self._parameters.timeout_ms)
+        uuid, epoch = self._query.uuid, self._query.epoch
+        introduce(channel, wire.Hello(wire.FORMAT, tuple(self._features()), uuid, epoch, self._name))
         channel.send(FrameKind.CONFIG, self._config)
         self._machine.rehearse()
         # While the destination builds the machine.
@@ -163,10 +162,23 @@ class Source:
         self._result.require_fit(channel.peer)
         return channel
 
+    def _features(self) -> Iterator[str]:
+        yield CHECK
+        if self._parameters.compression.may_pack:
+            yield "zstd"
+        if self._parameters.connections > 1:
+            yield CONNECTIONS
+
+    def _open_sink(self, channel: Channel) -> StreamSink:
+        parameters, query = self._parameters, self._query
+        further = open_further(channel, self._address, query.uuid, query.epoch, parameters.connections)
+        self._sink = StreamSink([channel, *further], parameters.compression, parameters.delta_cache_bytes)
+        return self._sink
+
     def _copy(self, channel: Channel) -> tuple[PreCopy, StreamSink]:
         """Rounds while the guest runs, until the decision to switch."""
         parameters = self._parameters
-        sink = StreamSink(channel, parameters.compression, parameters.delta_cache_bytes)
+        sink = self._open_sink(channel)
         limits = Limits(parameters.downtime_limit_ms, parameters.max_rounds, parameters.bandwidth_bytes_s)
         precopy = PreCopy(
             self._machine.memory,
@@ -252,34 +264,13 @@ class Source:
             with suppress(ChannelError):
                 say_done(self._channel)
         self._machine.pause(RunState.POSTMIGRATE)
-        self._result = self._measured(switched, handed_over)
+        result = replace(self._result, total_ms=self._elapsed_ms())
+        self._result = measured(result, self._precopy, switched, handed_over)
         self._tell(lambda: self._observer.status(Status.DEVICE))
         self._enter(Status.COMPLETED)
         self._journal.remove()
         self._stop_log()
         return self._result
-
-    def _measured(self, switched: Switched, handed_over: HandedOver | None) -> MigrationResult:
-        result = replace(
-            self._result,
-            total_ms=self._elapsed_ms(),
-            digest=switched.digest,
-            error="",
-        )
-        if handed_over is not None:
-            result = replace(
-                result,
-                downtime_ms=handed_over.total,
-                one_way_ms=one_way_ms(handed_over),
-                parts=downtime_parts(switched, handed_over),
-                fidelity=handed_over.running.fidelity,
-            )
-        if self._precopy is None:
-            return result
-        self._precopy.progress.finish()
-        expected_ms = result.expected_downtime_ms
-        result = result.at(self._precopy.progress.view(), self._precopy.progress.records)
-        return replace(result, expected_downtime_ms=expected_ms)
 
     def _taken_back(self, text: str) -> BaseException:
         """The destination gave it up after COMMIT was sent, and has that in its journal: the guest is ours again."""
@@ -392,6 +383,8 @@ class Source:
         return (time.monotonic_ns() - self._begin_ns) / 1e6
 
     def _close(self) -> None:
+        if self._sink is not None:
+            self._sink.close()
         if self._channel is not None:
             self._channel.close()
         self._abort.close()

@@ -67,9 +67,9 @@ them are not zero: they differ when a page was lost, damaged or put in a wrong p
 all RAM, which tests take on both sides over a way of their own.
 
 Versions. ``format`` is 1. A source of a later format says so and is refused by number. ``features`` names what this
-stream uses beyond format 1 (``zstd``: PAGES frames may be compressed; ``check`` and ``only-check`` as above); a
-destination refuses one that it does not know. Frames of an unknown kind are skipped unless their mandatory bit is set;
-fields that are unknown are refused.
+stream uses beyond format 1 (``zstd``: PAGES frames may be compressed; ``check`` and ``only-check`` as above;
+``connections``: pages come over further connections too, see ``joining.py``); a destination refuses one that it does
+not know. Frames of an unknown kind are skipped unless their mandatory bit is set; fields that are unknown are refused.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ from ..state.frame import FrameKind
 from ..state.section import Fields, Value, pack, unpack
 
 FORMAT = 1
-FEATURES = frozenset({"zstd", "check", "only-check"})
+FEATURES = frozenset({"zstd", "check", "only-check", "connections"})
 MAX_RESIDENT_RUNS = 4096
 MAX_SECTIONS = 1024
 MAX_SECTIONS_BYTES = 16 << 20

@@ -36,6 +36,8 @@ class RoundRecord:
     """How most of its pages went: ``none``, ``zstd:LEVEL``, …; empty where there is no choice."""
     codec_why: str = ""
     """Why so, and which pages went another way."""
+    connections: int = 1
+    """Over how many it went; the times are then averages over them."""
 
     @property
     def rate_bytes_s(self) -> float:
@@ -58,6 +60,7 @@ class RoundRecord:
             "last": self.last,
             "compression": self.codec,
             "compression-why": self.codec_why,
+            "connections": self.connections,
         }
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from ..config import PAGE_BYTES
 from .converge import FIXED_MS, Decision
@@ -47,7 +47,7 @@ class _Now:
 
     totals: Totals = field(default_factory=Totals)
     looked_at: int = 0
-    counters: Any = None
+    counter: Callable[[str], int] | None = None
     round: int = 0
     entered_ns: int = 0
     pages_left: int = 0
@@ -77,16 +77,16 @@ class Progress:
         self._begin_ns = time.monotonic_ns()
         self._now = replace(self._now, pages_left=resident_pages, sync_count=1)
 
-    def enter(self, counters: Any, number: int) -> None:
-        """A round begins; C counts in ``counters``, a ``struct kmig_round *``."""
-        self._now = replace(self._now, counters=counters, round=number, entered_ns=time.monotonic_ns())
+    def enter(self, counter: Callable[[str], int], number: int) -> None:
+        """A round begins; ``counter`` says how far C has counted, by a counter's name in ``struct kmig_round``."""
+        self._now = replace(self._now, counter=counter, round=number, entered_ns=time.monotonic_ns())
 
     def leave(self, record: RoundRecord) -> None:
         """The round is over: its counters move into the totals."""
         self._records = (*self._records, record)
         self._now = replace(
             self._now,
-            counters=None,
+            counter=None,
             totals=Totals.of(self._records),
             looked_at=self._now.looked_at + record.pages_dirty,
             pages_left=0,
@@ -114,7 +114,7 @@ class Progress:
     def view(self) -> ProgressView:
         """How far it is at this moment."""
         now = self._now
-        done, zero, sent, nr_bytes, time_ms = _counted(now.counters, now.entered_ns)
+        done, zero, sent, nr_bytes, time_ms = _counted(now.counter, now.entered_ns)
         left = max(now.pages_left - done, 0)
         looked_at = now.looked_at + done
         time_s = (now.totals.time_ms + time_ms) / 1e3
@@ -137,14 +137,14 @@ class Progress:
         )
 
 
-def _counted(counters: Any, entered_ns: int) -> tuple[int, int, int, int, float]:
+def _counted(counter: Callable[[str], int] | None, entered_ns: int) -> tuple[int, int, int, int, float]:
     """Pages done, zero and sent, bytes sent and the milliseconds of the running round."""
-    if counters is None:
+    if counter is None:
         return 0, 0, 0, 0, 0.0
     return (
-        counters.pages_done,
-        counters.pages_zero + counters.pages_cleared,
-        counters.pages_sent,
-        counters.bytes_sent,
+        counter("pages_done"),
+        counter("pages_zero") + counter("pages_cleared"),
+        counter("pages_sent"),
+        counter("bytes_sent"),
         (time.monotonic_ns() - entered_ns) / 1e6,
     )

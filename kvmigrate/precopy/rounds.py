@@ -26,7 +26,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from .._core import ffi
+from .._core import ffi, lib
 from ..errors import Cancelled, NotConverged, check
 from ..memory.dirty import DirtyLog
 from ..memory.region import GuestMemory
@@ -47,6 +47,7 @@ class Round:
 
     C counts in the struct while the round runs; other threads may read the counters meanwhile.
     A sink that works on the pages outside of the C core's sending (a compressor) adds that time to ``work_ns``.
+    One that has several connections takes a :meth:`part` for each further one; the counters are those of all parts.
     """
 
     def __init__(
@@ -56,12 +57,34 @@ class Round:
         self.last = last
         self.work_ns = 0
         self._ways: dict[str, tuple[str, int]] = {}
-        self.bandwidth_bytes_s = bandwidth_bytes_s
+        self._parts = [self]
+        self.bandwidth_bytes_s = self._cap_bytes_s = bandwidth_bytes_s
         self.handle: Any = ffi.new("struct kmig_round *")
         self.handle.abort_fd = abort_fd
         self.handle.timeout_ms = max(1, int(timeout_ms))
         self.handle.bandwidth = bandwidth_bytes_s
         self.handle.first = 1 if number == 0 else 0
+
+    def part(self, memory: GuestMemory, of: int) -> Round:
+        """One more part of this round, which has begun: for one of ``of`` connections, each in a thread of its own,
+        which share the bandwidth."""
+        share_bytes_s = -(-self._cap_bytes_s // of)
+        self.bandwidth_bytes_s = self.handle.bandwidth = share_bytes_s
+        one = Round(
+            self.number,
+            abort_fd=self.handle.abort_fd,
+            timeout_ms=self.handle.timeout_ms,
+            bandwidth_bytes_s=share_bytes_s,
+            last=self.last,
+        )
+        one.handle.delta = self.handle.delta
+        lib.kmig_round_join(memory.handle, one.handle)
+        self._parts.append(one)
+        return one
+
+    def total(self, counter: str) -> int:
+        """What all parts have counted so far, by a counter's name in ``struct kmig_round``."""
+        return sum(getattr(part.handle, counter) for part in self._parts)
 
     def went_as(self, codec: str, why: str, nr_pages: int) -> None:
         """A part of it, of ``nr_pages``, went as ``codec`` says, for the reason ``why``."""
@@ -70,35 +93,41 @@ class Round:
 
     def _way(self) -> tuple[str, str]:
         """The codec of most of its pages and the reason, and what went another way."""
+        for part in self._parts[1:]:
+            for codec, (why, nr_pages) in part._ways.items():
+                self.went_as(codec, why, nr_pages)
         if not self._ways:
             return "", ""
         codec, (why, _) = max(self._ways.items(), key=lambda way: way[1][1])
         others = [f"{n:,} pages {name} ({reason})" for name, (reason, n) in self._ways.items() if name != codec and n]
-        if self.handle.pages_delta:
+        if self.total("pages_delta"):
             codec += "+delta"
-            others.append(f"{self.handle.pages_delta:,} pages as changes")
+            others.append(f"{self.total('pages_delta'):,} pages as changes")
         return codec, "; ".join([why, *others])
 
     def record(self, pages_dirty: int, time_ns: int) -> RoundRecord:
         """The counters as they stand, put down."""
-        h = self.handle
+        # The parts run beside each other: their times are averages, so that what is sent over them is a rate.
+        busy_ns = self.total("busy_ns") // len(self._parts)
+        work_ns = sum(part.work_ns for part in self._parts) // len(self._parts)
         # Under a cap the pacer's sleeps lie between time and busy time; what remains is work only without one.
-        work_ns = self.work_ns or (0 if self.bandwidth_bytes_s else max(time_ns - h.busy_ns, 0))
+        work_ns = work_ns or (0 if self.bandwidth_bytes_s else max(time_ns - busy_ns, 0))
         codec, codec_why = self._way()
         return RoundRecord(
             round=self.number,
             pages_dirty=pages_dirty,
-            pages_zero=h.pages_zero,
-            pages_cleared=h.pages_cleared,
-            pages_sent=h.pages_sent,
-            pages_delta=h.pages_delta,
-            bytes_sent=h.bytes_sent,
+            pages_zero=self.total("pages_zero"),
+            pages_cleared=self.total("pages_cleared"),
+            pages_sent=self.total("pages_sent"),
+            pages_delta=self.total("pages_delta"),
+            bytes_sent=self.total("bytes_sent"),
             time_ms=time_ns / 1e6,
-            busy_ms=h.busy_ns / 1e6,
+            busy_ms=busy_ns / 1e6,
             work_ms=work_ns / 1e6,
             last=self.last,
             codec=codec,
             codec_why=codec_why,
+            connections=len(self._parts),
         )
 
 
@@ -201,11 +230,11 @@ class PreCopy:
             bandwidth_bytes_s=0 if last else self._limits.bandwidth_bytes_s,
             last=last,
         )
-        self.progress.enter(round_.handle, number)
+        self.progress.enter(round_.total, number)
         begin = time.monotonic_ns()
         self._open_sink().write_round(self._memory, round_)
         # What round 0 looked at is known only after it: it finds the resident pages window by window.
-        record = round_.record(pages_dirty or round_.handle.pages_done, time.monotonic_ns() - begin)
+        record = round_.record(pages_dirty or round_.total("pages_done"), time.monotonic_ns() - begin)
         self.records.append(record)
         self.progress.leave(record)
         return record

@@ -5,8 +5,9 @@
     open the directory ─ read and check all of ``state`` ─ build an empty machine ─ memory ─ load sections ─ compare
 
 An uncompressed memory file is mapped where the index says that data lies; no page of it is read here, so its chunk
-hashes are not looked at: that is what ``verify`` is for. Of a compressed one every byte is read, and what it makes of
-memory has to agree with the chunk hashes and the digest of the index before a section is loaded.
+hashes are not looked at: that is what ``verify`` is for. Of a compressed one every byte is read, and of any one where
+memory is not anonymous: then what it makes of memory has to agree with the chunk hashes and the digest of the index
+before a section is loaded.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .._core import ffi, lib
-from ..config import PAGE_BYTES
+from ..config import MAX_MEMORY_BYTES, PAGE_BYTES, MemoryBackend
 from ..contract import Builder, Migratable
 from ..errors import BadChecksum, SnapshotError, StreamError, check
-from ..memory.region import GuestMemory
+from ..memory.region import STEP_PAGES, GuestMemory
 from ..state.fidelity import Fidelity
 from ..state.section import Value
 from .format import RAW_FILE, extents
@@ -47,8 +48,8 @@ class Restored:
 def restore(directory: Path, builder: Builder) -> Restored:
     """Build the machine of the snapshot ``directory`` with ``builder``, give it the memory and load its state.
 
-    An uncompressed snapshot is mapped, not read: damage to its pages is for ``verify`` to find, and the directory's
-    file must neither be changed nor cut short while the guest runs. Resuming is the caller's.
+    An uncompressed snapshot is mapped, not read, when memory is anonymous: damage to its pages is for ``verify`` to
+    find, and the directory's file must neither be changed nor cut short while the guest runs. Resuming is the caller's.
 
     Raises :class:`SnapshotError` (damaged, naming the file and where), :class:`RestoreRefused`, and what the builder
     and the machine raise; the machine is closed then.
@@ -109,14 +110,19 @@ def _bring_memory(memory: GuestMemory, fd: int, directory: Path, saved: SavedSta
     built = [(slot.id, slot.base_gfn, slot.nr_pages) for slot in memory.slots]
     if built != [(slot.id, slot.base_gfn, slot.nr_pages) for slot in saved.index.slots]:
         raise SnapshotError(f"{directory}: the machine that its description builds has other memory slots: {built}")
-    if saved.index.file == RAW_FILE:
-        _map(memory, fd, path, saved)
+    if saved.index.file == RAW_FILE and memory.backend is MemoryBackend.ANONYMOUS:
+        for gfn, nr_pages, offset in _extents(saved):
+            check(lib.kmig_memory_map_file(memory.handle, gfn, nr_pages, fd, offset), str(path))
         return
-    # Loads what compresses, and what stands behind that: a file that is only mapped does not wait for it.
-    from .frames import read_frames
-
     try:
-        read_frames(memory, fd, saved.index)
+        if saved.index.file == RAW_FILE:
+            for gfn, nr_pages, offset in _extents(saved, STEP_PAGES):
+                check(lib.kmig_file_load_range(memory.handle, gfn, nr_pages, fd, offset), str(path))
+        else:
+            # Loads what compresses, and what stands behind that: a file that is only mapped does not wait for it.
+            from .frames import read_frames
+
+            read_frames(memory, fd, saved.index)
         _compare_hashes(memory, saved)
     except OSError as error:
         raise SnapshotError(f"cannot read {path}: {error.strerror}: use another copy of the snapshot") from error
@@ -124,14 +130,14 @@ def _bring_memory(memory: GuestMemory, fd: int, directory: Path, saved: SavedSta
         raise SnapshotError(f"{path}: {error}: use another copy of the snapshot") from error
 
 
-def _map(memory: GuestMemory, fd: int, path: Path, saved: SavedState) -> None:
-    """Map every extent with data; the rest stays anonymous and zero."""
+def _extents(saved: SavedState, most: int = MAX_MEMORY_BYTES // PAGE_BYTES) -> Iterator[tuple[int, int, int]]:
+    """The first gfn, the number of pages and the file's offset of each extent with data, in pieces of up to ``most``
+    pages, between which a signal can come through."""
     pages_before = 0
     for slot, hashes in zip(saved.index.slots, saved.hashes.of_slot, strict=True):
         for first, nr_pages in extents(hashes, slot.nr_pages):
-            offset = (pages_before + first) * PAGE_BYTES
-            rc = lib.kmig_memory_map_file(memory.handle, slot.base_gfn + first, nr_pages, fd, offset)
-            check(rc, str(path))
+            for at in range(first, first + nr_pages, most):
+                yield slot.base_gfn + at, min(most, first + nr_pages - at), (pages_before + at) * PAGE_BYTES
         pages_before += slot.nr_pages
 
 

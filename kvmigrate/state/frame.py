@@ -65,6 +65,8 @@ class FrameKind(IntEnum):
     CHECK = 16
     CHECKED = 17
     OFFER = 18
+    JOIN = 19
+    LAST = 20
     MEMORY_INDEX = 32
 
 

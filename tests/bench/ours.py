@@ -25,20 +25,29 @@ class OurVariant:
     """Migration parameters that are not left as they are by default."""
     prefault: bool = False
     """Whether the destination has touched the guest's memory before it comes, as QEMU's with prealloc."""
-    key = "kvmigrate"
-    """Rows with equal keys move the same guest on."""
+    backend: str = ""
+    """What its memory is made of on both sides, if not of what it is by default."""
+
+    @property
+    def key(self) -> str:
+        """Rows with equal keys move the same guest on."""
+        return f"kvmigrate {self.backend}".strip()
 
     def __str__(self) -> str:
         return "kvmigrate" + (f", {self.name}" if self.name else "")
 
     def boot(self, directory: Path, guest: Guest, prefix: Sequence[str]) -> Vm:
         """A process that boots the guest."""
-        return Ours.run(directory, guest, prefix)
+        return Ours.run(directory, guest, prefix, *self._options)
 
     def receive(self, directory: Path, guest: Guest, prefix: Sequence[str], uri: str) -> Vm:
         """A process that waits for a guest."""
         prefault = ["--prefault", f"{guest.memory_mib}M"] if self.prefault else []
-        return Ours(directory, guest, "receive", uri, *prefault, prefix=prefix).connect()
+        return Ours(directory, guest, "receive", uri, *prefault, *self._options, prefix=prefix).connect()
+
+    @property
+    def _options(self) -> list[str]:
+        return ["--memory-backend", self.backend] if self.backend else []
 
     def prepare(self, source: Vm) -> None:
         """Set the source's parameters."""
@@ -62,9 +71,9 @@ class Ours(Vm):
         self.spawn(command, {"XDG_RUNTIME_DIR": str(directory)})
 
     @classmethod
-    def run(cls, directory: Path, guest: Guest, prefix: Sequence[str] = ()) -> Ours:
-        """A process that boots the guest."""
-        options = ["--memory", f"{guest.memory_mib}M", "--append", guest.cmdline]
+    def run(cls, directory: Path, guest: Guest, prefix: Sequence[str] = (), *more: str) -> Ours:
+        """A process that boots the guest, with ``more`` options."""
+        options = ["--memory", f"{guest.memory_mib}M", "--append", guest.cmdline, *more]
         return cls(directory, guest, "run", str(guest.image), *options, prefix=prefix).connect()
 
     def connect(self) -> Ours:

@@ -5,7 +5,7 @@ What a goal is held against comes first: the rest is left out when the time is o
 
 from __future__ import annotations
 
-from . import links, linux, loopback, profiles, saves, slots, steps
+from . import links, linux, loopback, memories, profiles, saves, slots, steps
 from .goals import Plan
 
 PLANS = [
@@ -29,6 +29,8 @@ PLANS = [
     Plan("gigabit", 2, links.gigabit),
     Plan("gigabit-lossless", 1, links.gigabit_lossless),
     Plan("gigabit-text", 1, links.gigabit_text),
+    Plan("memory", 5, memories.memory),
+    Plan("memory-move", 5, memories.memory_moves),
     Plan("linux", linux.RUNS, linux.linux),
     Plan("profile", 1, profiles.profile),
 ]

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from kvmigrate.guests import path as guest_image
+from kvmigrate.memory import huge
 from kvmigrate.state.frame import FrameKind
 
 from .command import Host, wait_until
@@ -100,6 +101,20 @@ def test_a_guest_goes_to_a_destination_that_touched_memory_before_it_came(host: 
         runs_on(host, "two")
         assert host("stop", "two").status == 0
     assert host.left_behind == []
+
+
+def test_a_destination_without_the_huge_pages_is_refused_before_a_page_moves(host: Host) -> None:
+    if huge.free_bytes() >= 64 << 20:
+        pytest.skip("this host has huge pages to give")
+    with busy_guest(host, "one"), waiting(host, "two", "--memory-backend", "hugetlbfs") as (target, address):
+        would = host("check", "one", address)
+        assert would.status == 1 and "32 huge pages of 2 MiB are needed" in would.out
+        sent = host("send", "one", address, "--json")
+        assert sent.status == 2 and "64 MiB of guest memory: 32 huge pages of 2 MiB are needed" in sent.err
+        assert len(sent.err.splitlines()) == 1
+        assert "ram" not in sent.json, "no round has begun"
+        runs_on(host, "one")
+        assert ended(target)[0] == 2
 
 
 def test_a_destination_that_dies_costs_nothing_and_the_next_one_gets_the_guest(host: Host) -> None:

@@ -17,7 +17,7 @@ def build(directory: Path, cflags: str) -> Path:
     """Copy the package and the tests of memory and devices to ``directory``; build the C core there with ``cflags``."""
     for name in ("kvmigrate", "tests/memory", "tests/devices"):
         shutil.copytree(ROOT / name, directory / name, ignore=IGNORED)
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "tests/__init__.py"):
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "tests/__init__.py", "tests/backends.py"):
         shutil.copy(ROOT / name, directory / name)
     built = subprocess.run(
         [sys.executable, "setup.py", "-q", "build_ext", "--inplace"],

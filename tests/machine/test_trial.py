@@ -21,8 +21,11 @@ from kvmigrate.errors import BadField
 from kvmigrate.kvm.vcpu import Vcpu
 from kvmigrate.machine.machine import Machine
 from kvmigrate.machine.trial import TrialMachine, available_bytes
+from kvmigrate.memory import huge
+from kvmigrate.memory.layout import slots_for
 from kvmigrate.state.fidelity import Fidelity, Item, Verdict
 from kvmigrate.state.section import Section, decode, encode
+from tests.backends import HUGETLBFS, room_for
 from tests.devices.virtio.queues import QueuesDriver
 from tests.devices.virtio.test_real_tap import Namespace
 
@@ -75,6 +78,11 @@ def tried(
 
 def refused(fidelity: Fidelity) -> dict[str, Item]:
     return {item.name: item for item in fidelity if item.verdict is Verdict.REFUSED}
+
+
+def memory_of_size(size_bytes: int) -> dict[str, Any]:
+    """What a description says of so much memory."""
+    return {"memory_bytes": size_bytes, "slots": [list(slot) for slot in slots_for(size_bytes)]}
 
 
 @pytest.mark.parametrize("nr_cpus", [1, 3])
@@ -202,6 +210,23 @@ def test_a_tsc_rate_that_the_host_cannot_give_is_told(tmp_path: Path, stack: Exi
     found = refused(tried(machine.describe() | {"tsc_khz": 1_000_000}, sampled(machine)))
     assert "tsc_khz" in found
     assert "cannot scale" in found["tsc_khz"].why
+
+
+def test_huge_pages_are_counted_unless_the_guest_has_them(tmp_path: Path, stack: ExitStack) -> None:
+    machine = started(machine_with(tmp_path, HANG), stack)
+    sections, description = sampled(machine), machine.describe() | memory_of_size(1 << 33)
+    stack.enter_context(room_for(HUGETLBFS, 2 << 20))
+    needed, free = (1 << 33) // huge.HUGE_BYTES, huge.free_bytes() // huge.HUGE_BYTES
+    found = refused(tried(description, sections, 1 << 60, memory_backend=HUGETLBFS))
+    assert found.keys() == {"memory"}, "other memory does not matter"
+    assert f"{needed} huge pages of 2 MiB are needed, {free} are free: sudo sysctl" in found["memory"].why
+    assert refused(tried(description, sections, parts=False, memory_backend=HUGETLBFS)) == {}
+    trial = TrialMachine.examine(description, HostSide(memory_backend=HUGETLBFS), parts=True, touched_bytes=1 << 33)
+    stack.callback(trial.close)
+    assert refused(trial.load(sections, 0)) == {}
+    found = refused(tried(machine.describe() | memory_of_size((4 << 20) + 4096), sections, memory_backend=HUGETLBFS))
+    assert "take a multiple of 2M" in found["memory"].why
+    assert "is free here, with the swap" in refused(tried(description, sections, 1 << 60))["memory"].why
 
 
 def test_a_disk_is_looked_at_and_not_locked(tmp_path: Path, stack: ExitStack, disk: DiskConfig) -> None:

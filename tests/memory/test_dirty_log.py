@@ -18,6 +18,7 @@ from kvmigrate.config import PAGE_BYTES
 from kvmigrate.errors import HostError
 from kvmigrate.memory.dirty import DirtyLog, LogMode
 from kvmigrate.memory.region import GuestMemory
+from tests.backends import ANONYMOUS, HUGETLBFS, MEMFD, memory_of
 
 from .guest import OWN_GFNS, RANDOM_WRITER, SWEEP, Guest, assemble
 from .tools import contents, copied_gfns, new_incoming, new_round, stream_round
@@ -59,9 +60,13 @@ def mode(request: pytest.FixtureRequest) -> LogMode:
     return LogMode(request.param)
 
 
-@pytest.fixture(params=[SMALL_BYTES, LARGE_BYTES], ids=["64MiB+3pages", "3.5GiB+3pages"])
+@pytest.fixture(
+    params=[(SMALL_BYTES, ANONYMOUS), (LARGE_BYTES, ANONYMOUS), (LARGE_BYTES, MEMFD), (66 * MIB, HUGETLBFS)],
+    ids=["64MiB+3pages", "3.5GiB+3pages", "3.5GiB+3pages-memfd", "66MiB-hugetlbfs"],
+)
 def memory(request: pytest.FixtureRequest) -> Iterator[GuestMemory]:
-    with GuestMemory(request.param) as memory:
+    size_bytes, backend = request.param
+    with memory_of(backend, size_bytes) as memory:
         yield memory
 
 

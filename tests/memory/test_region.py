@@ -19,6 +19,7 @@ from kvmigrate.errors import ConfigError, HostError, StateError
 from kvmigrate.memory.dirty import DirtyLog, LogMode
 from kvmigrate.memory.layout import HOLE_END, HOLE_START
 from kvmigrate.memory.region import GuestMemory
+from tests.backends import ANONYMOUS, MEMFD
 
 from .tools import copied_gfns, page_hash, pages_of, take_round
 
@@ -28,16 +29,23 @@ ODD_BYTES = 16 * MIB + 3 * PAGE_BYTES
 """A size that is no multiple of 64 pages."""
 
 
-@pytest.fixture
-def memory() -> Iterator[GuestMemory]:
-    with GuestMemory(ODD_BYTES) as memory:
+@pytest.fixture(params=[ANONYMOUS, MEMFD])
+def memory(request: pytest.FixtureRequest) -> Iterator[GuestMemory]:
+    with GuestMemory(ODD_BYTES, request.param) as memory:
         yield memory
 
 
 @pytest.fixture
-def large() -> Iterator[GuestMemory]:
+def anonymous() -> Iterator[GuestMemory]:
+    """For what only anonymous memory can: take pages from a file, or lose some by madvise."""
+    with GuestMemory(ODD_BYTES) as memory:
+        yield memory
+
+
+@pytest.fixture(params=[ANONYMOUS, MEMFD])
+def large(request: pytest.FixtureRequest) -> Iterator[GuestMemory]:
     """3.5 GiB, sparse: two slots with the hole between them."""
-    with GuestMemory(7 * GIB // 2) as memory:
+    with GuestMemory(7 * GIB // 2, request.param) as memory:
         yield memory
 
 
@@ -150,17 +158,17 @@ def test_residency_is_found_without_touching(memory: GuestMemory) -> None:
     assert resident >> 3 & 1 and memory.resident_pages() == resident.bit_count()
 
 
-def test_both_ways_to_ask_the_kernel_for_residency_agree(memory: GuestMemory) -> None:
+def test_both_ways_to_ask_the_kernel_for_residency_agree(anonymous: GuestMemory) -> None:
     """PAGEMAP_SCAN, and the pagemap read page by page, which is all that there is before Linux 6.7."""
-    memory.prefault(0, 3000)
+    anonymous.prefault(0, 3000)
     # More ranges than one call of PAGEMAP_SCAN reports, with huge pages on both sides.
     dropped = range(1024, 1424, 2)
     for gfn in dropped:
-        at = int(ffi.cast("uintptr_t", memory.handle.slot[0].hva)) + gfn * PAGE_BYTES
+        at = int(ffi.cast("uintptr_t", anonymous.handle.slot[0].hva)) + gfn * PAGE_BYTES
         assert LIBC.madvise(ctypes.c_void_p(at), ctypes.c_size_t(PAGE_BYTES), mmap.MADV_DONTNEED) == 0
-    scanned = memory.resident_bitmap(0)
-    memory.handle.no_pagemap_scan = 1
-    assert memory.resident_bitmap(0) == scanned
+    scanned = anonymous.resident_bitmap(0)
+    anonymous.handle.no_pagemap_scan = 1
+    assert anonymous.resident_bitmap(0) == scanned
     resident = int.from_bytes(scanned, "little")
     assert resident.bit_count() >= 2800 and not any(resident >> gfn & 1 for gfn in dropped)
 
@@ -201,18 +209,18 @@ class TestMappedFile:
             file.flush()
             yield file.fileno()
 
-    def test_the_guest_sees_the_file_and_the_file_stays_as_it_is(self, memory: GuestMemory, file: int) -> None:
-        memory.map_file(100, 10, file, 2 * PAGE_BYTES)
-        assert memory.read(100 * PAGE_BYTES, 10 * PAGE_BYTES) == os.pread(file, 10 * PAGE_BYTES, 2 * PAGE_BYTES)
+    def test_the_guest_sees_the_file_and_the_file_stays_as_it_is(self, anonymous: GuestMemory, file: int) -> None:
+        anonymous.map_file(100, 10, file, 2 * PAGE_BYTES)
+        assert anonymous.read(100 * PAGE_BYTES, 10 * PAGE_BYTES) == os.pread(file, 10 * PAGE_BYTES, 2 * PAGE_BYTES)
         before = os.pread(file, 64 * PAGE_BYTES, 0)
-        memory.write(101 * PAGE_BYTES, b"guest")
-        assert os.pread(file, 64 * PAGE_BYTES, 0) == before and memory.read(101 * PAGE_BYTES, 5) == b"guest"
+        anonymous.write(101 * PAGE_BYTES, b"guest")
+        assert os.pread(file, 64 * PAGE_BYTES, 0) == before and anonymous.read(101 * PAGE_BYTES, 5) == b"guest"
 
     def test_pages_of_the_file_that_nobody_touched_are_copied_all_the_same(
-        self, memory: GuestMemory, file: int
+        self, anonymous: GuestMemory, file: int
     ) -> None:
-        memory.map_file(100, 64, file, 0)
-        chunks = list(take_round(memory, first=True))
+        anonymous.map_file(100, 64, file, 0)
+        chunks = list(take_round(anonymous, first=True))
         assert [g for runs, _ in chunks for g in pages_of(runs)] == list(range(101, 164))
         assert b"".join(data for _, data in chunks) == os.pread(file, 63 * PAGE_BYTES, PAGE_BYTES)
 
@@ -229,11 +237,11 @@ class TestMappedFile:
         ],
     )
     def test_a_mapping_that_cannot_be_is_refused(
-        self, memory: GuestMemory, file: int, gfn: int, nr_pages: int, offset: int
+        self, anonymous: GuestMemory, file: int, gfn: int, nr_pages: int, offset: int
     ) -> None:
         with pytest.raises(HostError):
-            memory.map_file(gfn, nr_pages, file, offset)
-        assert memory.resident_pages() == 0
+            anonymous.map_file(gfn, nr_pages, file, offset)
+        assert anonymous.resident_pages() == 0
 
 
 def test_every_host_write_is_in_the_log_once(memory: GuestMemory) -> None:
@@ -258,15 +266,15 @@ class TestClear:
         assert large.resident_pages() == 0
         assert not any(any(words) for words in large.hash_all())
 
-    def test_a_mapped_file_is_gone_too_and_unharmed(self, memory: GuestMemory) -> None:
+    def test_a_mapped_file_is_gone_too_and_unharmed(self, anonymous: GuestMemory) -> None:
         with tempfile.TemporaryFile() as file:
             file.write(b"f" * 4 * PAGE_BYTES)
             file.flush()
-            memory.map_file(100, 4, file.fileno(), 0)
-            memory.write(99 * PAGE_BYTES, b"guest")
-            memory.clear()
-            assert memory.resident_pages() == 0
-            assert memory.read(99 * PAGE_BYTES, 5 * PAGE_BYTES) == bytes(5 * PAGE_BYTES)
+            anonymous.map_file(100, 4, file.fileno(), 0)
+            anonymous.write(99 * PAGE_BYTES, b"guest")
+            anonymous.clear()
+            assert anonymous.resident_pages() == 0
+            assert anonymous.read(99 * PAGE_BYTES, 5 * PAGE_BYTES) == bytes(5 * PAGE_BYTES)
             assert os.pread(file.fileno(), PAGE_BYTES, 0) == b"f" * PAGE_BYTES
 
     def test_rounds_under_way_copy_each_page_that_held_anything_as_zeros(self, memory: GuestMemory) -> None:

@@ -171,7 +171,8 @@ def make_source(
     settings = MigrationParameters(
         timeout_ms=timeout_ms,
         compression=Compression.parse(compression),
-        **parameters,  # type: ignore[arg-type]
+        # One, whatever processors there are, unless a test is about several.
+        **{"connections": 1, **parameters},  # type: ignore[arg-type]
     )
     return Source(machine, address, settings, directory, watch or Watch(), ask_for_ms=ask_for_ms)
 
@@ -193,18 +194,24 @@ class Rule:
     action: str
     at: int = 0
     link_stays_down: bool = False
+    connection: int = 1
+    """Which one of those that come; the later ones are further connections, or those that ask."""
+    kind: str = ""
+    """Every frame of this kind, in place of the one with that number."""
 
 
 class Proxy:
     """Passes frames between one source and one destination, by the frame, and applies ``rule`` once.
 
-    ``seen`` lists the kinds of all frames that were passed whole, per direction (``"out"`` from the source).
+    ``seen`` lists the kinds of all frames that were passed whole, per direction (``"out"`` from the source);
+    ``seen_on`` the same of each connection.
     """
 
     def __init__(self, target: Address, rule: Rule | None = None) -> None:
         self._target = target
         self.rule = rule
         self.seen: dict[str, list[str]] = {"out": [], "back": []}
+        self.seen_on: list[dict[str, list[str]]] = []
         self.hit = threading.Event()
         self._down = threading.Event()
         self._quit = threading.Event()
@@ -226,7 +233,6 @@ class Proxy:
         thread.start()
 
     def _accept(self) -> None:
-        first = True
         while not self._quit.is_set():
             try:
                 near = self._server.accept()[0]
@@ -241,23 +247,34 @@ class Proxy:
                 near.close()
                 continue
             pair = _Pair(near, far)
-            # Only the first connection is hurt: later ones are those that ask.
-            rule = self.rule if first else None
-            first = False
-            self._spawn(self._pass, pair, near, far, "out", rule)
-            self._spawn(self._pass, pair, far, near, "back", rule)
+            seen: dict[str, list[str]] = {"out": [], "back": []}
+            self.seen_on.append(seen)
+            rule = self.rule if self.rule is not None and self.rule.connection == len(self.seen_on) else None
+            self._spawn(self._pass, pair, near, far, "out", rule, seen)
+            self._spawn(self._pass, pair, far, near, "back", rule, seen)
 
-    def _pass(self, pair: _Pair, near: socket.socket, far: socket.socket, direction: str, rule: Rule | None) -> None:
+    def _pass(
+        self,
+        pair: _Pair,
+        near: socket.socket,
+        far: socket.socket,
+        direction: str,
+        rule: Rule | None,
+        seen: dict[str, list[str]],
+    ) -> None:
         mine = rule if rule is not None and rule.direction == direction else None
         number = 0
         while (data := self._frame(near, pair)) is not None:
-            if mine is not None and mine.number == number and not self._apply(mine, data, far, pair):
+            kind = kind_name(decode_header(data[:32]).kind)
+            hit = mine is not None and (mine.number == number if not mine.kind else kind == mine.kind)
+            if mine is not None and hit and not self._apply(mine, data, far, pair):
                 return
-            if mine is None or mine.number != number or mine.action in ("cut-after", "pass"):
+            if mine is None or not hit or mine.action in ("cut-after", "pass"):
                 if not _send(far, data):
                     break
-                self.seen[direction].append(kind_name(decode_header(data[:32]).kind))
-            if mine is not None and mine.number == number and mine.action == "cut-after":
+                self.seen[direction].append(kind)
+                seen[direction].append(kind)
+            if mine is not None and hit and mine.action == "cut-after":
                 time.sleep(0.03)
                 self._cut(mine, pair)
                 return

@@ -14,7 +14,7 @@ from kvmigrate.migration import channel as channel_module
 from kvmigrate.migration import incoming
 from kvmigrate.migration.delta import DELTA, Offer
 from kvmigrate.migration.incoming import Incoming, State
-from kvmigrate.migration.pages import StreamSink
+from kvmigrate.migration.sink import StreamSink
 from kvmigrate.precopy.ledger import RoundRecord
 from kvmigrate.state.frame import FrameKind, encode_frame
 from kvmigrate.state.section import pack

@@ -88,13 +88,15 @@ class Process:
 
 
 class World:
-    """All processes of one test, each with a serial log. ``environment`` is added to that of new processes."""
+    """All processes of one test, each with a serial log. ``environment`` is added to that of new processes, and
+    ``options`` to what starts a guest."""
 
     def __init__(self, directory: Path, recorder: Recorder) -> None:
         self.directory = directory
         self.recorder = recorder
         self.processes: list[Process] = []
         self.environment: dict[str, str] = {}
+        self.options: tuple[str, ...] = ()
 
     @property
     def logs(self) -> list[SerialLog]:
@@ -107,7 +109,7 @@ class World:
     def start(self, verb: str, name: str, *arguments: str) -> Process:
         """Start a process that stays with its guest; see :meth:`Process.wait_ready`."""
         log, serial = self.recorder.listen(name)
-        command = [sys.executable, str(LAUNCHER), verb, *arguments, "--name", name, "--serial", serial]
+        command = [sys.executable, str(LAUNCHER), verb, *arguments, "--name", name, "--serial", serial, *self.options]
         with (self.directory / f"{name}.stderr").open("w") as errors:
             popen = subprocess.Popen(
                 command, env=self._environment(), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors,

@@ -65,6 +65,7 @@ def examine_hop(
     compression: str = "none",
     cap: int = 64 << 20,
     downtime_limit_ms: int = 300,
+    connections: int = 1,
     **guest: Any,
 ) -> Findings:
     """Move a guest, booted as :func:`boot` says, and ask all oracles; up to ``hops`` times, until one objects.
@@ -77,6 +78,7 @@ def examine_hop(
         address = world.tcp()
         destination = world.receive(address)
         parameters = {"max-bandwidth": cap, "downtime-limit": downtime_limit_ms, "x-kvmigrate-compression": compression}
+        parameters["multifd-channels"] = connections
         job = migrate(source, address, **parameters)
         if job["status"] != "completed":
             found.objections["handover"] = str(job.get("error", {}).get("desc", job["status"]))

@@ -13,10 +13,12 @@ from pathlib import Path
 
 import pytest
 
+from kvmigrate.config import MemoryBackend, parse_size
 from kvmigrate.state.frame import FrameKind
 
+from ..backends import SHARED, room_for
 from ..oracle.world import World, open_world
-from .examine import Findings, examine_hop, examine_snapshot, examine_stall
+from .examine import MEMORY, Findings, examine_hop, examine_snapshot, examine_stall
 from .faults import FAULTS
 from .table import write_table
 
@@ -29,6 +31,7 @@ HOP_BORDER = partial(examine_hop, hops=6, rate=30, pages=256, memory=str((8192 +
 # Pages are to come as what changed in them at least twice, and the agreement on it takes two rounds. With this limit
 # rounds go on for a while, until changes make up for the whole pages of the first two, and come to an end.
 HOP_DELTA = partial(examine_hop, rate=0, compression="zstd", cap=4 << 20, downtime_limit_ms=800)
+HOP_THREE = partial(examine_hop, connections=3)
 NO_COMMIT, NO_RUNNING = (partial(examine_stall, kind=kind) for kind in (FrameKind.COMMIT, FrameKind.RUNNING))
 
 
@@ -53,6 +56,9 @@ PLANTED = (
         "wrong-delta", "what changed in a page is taken from another page than was sent before", HOP_DELTA, in_c=True
     ),
     Fault("stale-delta-base", "a page that is sent again and again is kept as it was first sent", HOP_DELTA, in_c=True),
+    Fault("drop-page-per-round", "one dirty page of each round and connection is not sent", HOP_THREE, in_c=True),
+    Fault("swap-two-pages", "two pages change places on one of three connections", HOP_THREE, in_c=True),
+    Fault("lose-piece", "pages that one of three connections took are sent by none", HOP_THREE, in_c=True),
     Fault("skip-last-round", "what was written since the last round is not sent"),
     Fault("skip-registers", "general registers are not loaded"),
     Fault("stale-registers", "a register is one update behind"),
@@ -74,6 +80,13 @@ PLANTED = (
 NOT_PLANTED = {
     "deadline-before-tsc": "it can only be seen on a host whose TSC can be set",
 }
+IN_OTHER_MEMORY = (
+    ("drop-page-per-round", MemoryBackend.MEMFD),
+    ("forget-host-bitmap", MemoryBackend.MEMFD),
+    ("copy-before-clear", MemoryBackend.MEMFD),
+    ("copy-before-clear", MemoryBackend.HUGETLBFS),
+)
+"""One for each way to know of a page: that it holds something, that the VMM wrote it, that the guest did."""
 caught: dict[Fault, Findings] = {}
 
 
@@ -91,9 +104,18 @@ def faulty_build(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def world(request: pytest.FixtureRequest) -> Iterator[World]:
+def memory_options(request: pytest.FixtureRequest) -> Iterator[tuple[str, ...]]:
+    """Of ``backend``, with room for a guest and where it goes."""
+    backend = request.node.callspec.params.get("backend", MemoryBackend.ANONYMOUS)
+    with room_for(backend, 2 * parse_size(MEMORY)):
+        yield () if backend is MemoryBackend.ANONYMOUS else ("--memory-backend", backend)
+
+
+@pytest.fixture
+def world(request: pytest.FixtureRequest, memory_options: tuple[str, ...]) -> Iterator[World]:
     fault = request.node.callspec.params.get("fault")
     with open_world() as opened:
+        opened.options = memory_options
         if fault is not None and fault.in_c:
             opened.environment["PYTHONPATH"] = str(request.getfixturevalue("faulty_build"))
             opened.environment["KVMIGRATE_PLANT"] = fault.name
@@ -112,10 +134,27 @@ def test_planted_fault_is_caught(world: World, fault: Fault) -> None:
 
 @pytest.mark.parametrize(
     "examine",
-    [HOP, HOP_TWO, HOP_BUSY, HOP_BORDER, examine_snapshot, HOP_DELTA, NO_COMMIT, NO_RUNNING],
-    ids=["hop", "two vcpus", "busy", "border", "snapshot", "delta", "no COMMIT", "no RUNNING"],
+    [HOP, HOP_TWO, HOP_THREE, HOP_BUSY, HOP_BORDER, examine_snapshot, HOP_DELTA, NO_COMMIT, NO_RUNNING],
+    ids=["hop", "two vcpus", "three connections", "busy", "border", "snapshot", "delta", "no COMMIT", "no RUNNING"],
 )
 def test_the_same_run_without_a_fault_passes(world: World, examine: Callable[[World], Findings]) -> None:
+    assert not examine(world).objections
+
+
+@pytest.mark.parametrize(
+    ("fault", "backend"),
+    [(next(fault for fault in PLANTED if fault.name == name), backend) for name, backend in IN_OTHER_MEMORY],
+    ids=[f"{name}-{backend}" for name, backend in IN_OTHER_MEMORY],
+)
+def test_planted_fault_is_caught_in_other_memory(world: World, fault: Fault, backend: MemoryBackend) -> None:
+    assert fault.examine(world).objections, f"nobody noticed in {backend} memory: {fault.what}"
+
+
+@pytest.mark.parametrize("backend", SHARED)
+@pytest.mark.parametrize("examine", [HOP_BUSY, examine_snapshot], ids=["hop", "snapshot"])
+def test_without_a_fault_other_memory_passes(
+    world: World, examine: Callable[[World], Findings], backend: MemoryBackend
+) -> None:
     assert not examine(world).objections
 
 

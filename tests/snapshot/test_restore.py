@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from array import array
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,14 +14,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvmigrate.config import PAGE_BYTES
+from kvmigrate.config import PAGE_BYTES, MemoryBackend, SnapshotParameters
+from kvmigrate.errors import SnapshotError
 from kvmigrate.snapshot.format import CHUNK_PAGES, HASHES_PER_FRAME, ChunkHashes, IndexSlot, extents
 from kvmigrate.snapshot.inspect import inspect
+from kvmigrate.snapshot.load import restore
 from kvmigrate.snapshot.save import take
 from kvmigrate.snapshot.verify import verify
 from kvmigrate.state import section
+from tests.backends import SHARED, room_for
 from tests.fake_machine import MIB
-from tests.snapshot.tools import RAW, ZSTD, guest, page, restored
+from tests.snapshot.tools import RAW, ZSTD, build, guest, page, restored
 
 
 def resident_bytes() -> int:
@@ -106,6 +110,35 @@ def test_unchanged_guest_gives_the_same_memory_file_again(tmp_path: Path) -> Non
             copy.machine.resume()
             take(copy.machine, tmp_path / "2", RAW)
     assert sha(tmp_path / "1" / "memory.raw") == sha(tmp_path / "2" / "memory.raw")
+
+
+@pytest.mark.parametrize("backend", SHARED)
+@pytest.mark.parametrize("parameters", [RAW, ZSTD], ids=["raw", "zstd"])
+def test_memory_that_is_shared_or_huge_takes_all_in(
+    tmp_path: Path, backend: MemoryBackend, parameters: SnapshotParameters
+) -> None:
+    with guest() as machine:
+        for first in (0, 700, 1990):
+            machine.fill(58, seed=first, first=first)
+        take(machine, tmp_path / "s", parameters)
+        with room_for(backend, 8 * MIB), restored(tmp_path / "s", backend) as copy:
+            assert mappings_of(tmp_path / "s" / "memory.raw") == 0
+            (tmp_path / "s" / "state").unlink()
+            memory = copy.machine.memory
+            assert (memory.backend, memory.hash_all()) == (backend, machine.memory.hash_all())
+
+
+def test_damage_is_found_when_all_is_taken_in(tmp_path: Path) -> None:
+    with guest() as machine:
+        machine.fill(300)
+        take(machine, tmp_path / "s", RAW)
+    with (tmp_path / "s" / "memory.raw").open("r+b") as file:
+        file.seek(page(130) + 5)
+        byte = file.read(1)[0]
+        file.seek(page(130) + 5)
+        file.write(bytes([byte ^ 1]))
+    with pytest.raises(SnapshotError, match=r"memory\.raw: what it makes of chunk 2 of slot 0 is not what was saved"):
+        restore(tmp_path / "s", partial(build, backend=MemoryBackend.MEMFD))
 
 
 def chunks(*runs: tuple[int, int], nr_chunks: int) -> array[int]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from kvmigrate.config import PAGE_BYTES, Compression, SnapshotParameters
+from kvmigrate.config import PAGE_BYTES, Compression, MemoryBackend, SnapshotParameters
 from kvmigrate.contract import RunState
 from kvmigrate.precopy.converge import Decision
 from kvmigrate.precopy.ledger import RoundRecord
@@ -38,9 +39,9 @@ class Guest(FakeMachine):
         return sections
 
 
-def build(description: Mapping[str, Value]) -> Guest:
+def build(description: Mapping[str, Value], backend: MemoryBackend = MemoryBackend.ANONYMOUS) -> Guest:
     """A builder without the fake machine's limit of 64 MiB."""
-    machine = Guest(description["memory_bytes"], name=description["name"])
+    machine = Guest(description["memory_bytes"], name=description["name"], backend=backend)
     machine.uuid = description["uuid"]
     return machine
 
@@ -55,8 +56,8 @@ def guest(memory_bytes: int = 8 * MIB, *, running: bool = True) -> Iterator[Gues
 
 
 @contextmanager
-def restored(directory: Path) -> Iterator[Restored]:
-    result = restore(directory, build)
+def restored(directory: Path, backend: MemoryBackend = MemoryBackend.ANONYMOUS) -> Iterator[Restored]:
+    result = restore(directory, partial(build, backend=backend))
     try:
         yield result
     finally:

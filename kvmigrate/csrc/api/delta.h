@@ -4,14 +4,7 @@
 // content is its own memory. That it is what the sender takes it for is checked before a byte is written: the frame holds
 // the sum of the digest terms (csrc/hash.h) of the old pages, which must be that of the pages as they lie there.
 
-struct kmig_delta {
-    uint64_t nr_sets;
-    uint64_t round;            // counts the rounds, so that pages in use are told from old ones
-    uint64_t nr_kept;
-    uint64_t nr_bytes;
-    struct kmig_kept *kept;
-    uint8_t *pages;
-};
+struct kmig_delta;
 
 // Room for pages and what is known of them in size_bytes, taken as it is used. -EINVAL under 64 KiB, -ENOMEM.
 int kmig_delta_create(uint64_t size_bytes, struct kmig_delta **ret);

@@ -12,7 +12,7 @@ struct kmig_page_run {
     uint32_t kind;
 };
 
-// One round. The first group is set by the caller; the counters may be read by another thread while the round runs.
+// One round, or the part in it of one of several connections, each in a thread of its own. The first group is set by the caller; the counters may be read by another thread while the round runs.
 struct kmig_round {
     int abort_fd;              // an eventfd: readable means stop with -ECANCELED; -1 for none
     int first;                 // 1 for the first round: take what is resident, window by window
@@ -29,10 +29,10 @@ struct kmig_round {
     uint64_t bytes_sent;       // everything that left, headers included
     uint64_t busy_ns;          // spent in the socket or file
 
-    uint32_t slot;             // where the round stands
-    uint32_t reserved;
+    uint32_t slot;             // the piece that was taken last, and where it has come to in that
+    uint32_t ended;            // 1: there is no more to take, or it failed
     uint64_t page;
-    uint64_t window_end;
+    uint64_t piece_end;
     uint64_t next_send_ns;     // the pacer's clock
 };
 
@@ -50,6 +50,10 @@ struct kmig_chunk {
 // Begin a round over what is pending. With round->first: over what is resident, after all hashes are forgotten, since the
 // other side holds nothing yet.
 void kmig_round_begin(struct kmig_memory *memory, struct kmig_round *round);
+
+// Let one more connection take its part of the round that kmig_round_begin began, before any of them takes a chunk. round
+// is set up as that of the first one. The round is over when kmig_round_next has returned 0 for each.
+void kmig_round_join(struct kmig_memory *memory, struct kmig_round *round);
 
 // The next chunk: clear its pages in the log, then look at them, hash them and take them off pending. When bounce is
 // not NULL (KMIG_CHUNK_PAGES pages) the data pages are copied there first and hashed there, for a compressor that must

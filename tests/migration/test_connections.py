@@ -1,0 +1,395 @@
+"""Pages over several connections: what arrives, who waits for whom, and what becomes of the guest when one is hurt."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from kvmigrate.config import MAX_CONNECTIONS, PAGE_BYTES, Address, MigrationParameters, default_connections
+from kvmigrate.errors import BadField, ChannelError, ConfigError, HostError, KvmigrateError, PeerFailed, StreamError
+from kvmigrate.memory.region import GuestMemory
+from kvmigrate.migration.abort import Abort
+from kvmigrate.migration.channel import Channel, expect
+from kvmigrate.migration.joining import Join, dial
+from kvmigrate.migration.sink import PART_PAGES, Writer
+from kvmigrate.precopy.rounds import Round
+from kvmigrate.state.fidelity import Fidelity
+from kvmigrate.state.frame import FrameKind
+from kvmigrate.state.section import Section, pack
+from tests.fake_machine import MIB, FakeMachine
+from tests.migration.harness import (
+    SILENCE_MS,
+    Proxy,
+    Receiving,
+    Rule,
+    check_never_two,
+    check_no_files,
+    check_resumed,
+    make_source,
+    migrate,
+    patience_ms,
+    run,
+)
+from tests.migration.test_migrate import settled
+
+Receive = Callable[..., Receiving]
+ProxyTo = Callable[..., Proxy]
+OUT = ["JOIN", "PAGES", "ROUND", "LAST", "DONE"]
+BACK = ["JOIN", "ROUND"]
+
+
+@pytest.fixture
+def large() -> Iterator[FakeMachine]:
+    """A guest with pages enough for several connections."""
+    machine = FakeMachine(32 * MIB, name="guest", running=True)
+    machine.fill(16 * PART_PAGES)
+    yield machine
+    machine.close()
+
+
+def write_when_saved(machine: FakeMachine, nr_pages: int, value: bytes) -> None:
+    """Make the last round one of ``nr_pages``."""
+    save = machine.save
+
+    def saving() -> Sequence[Section]:
+        machine.write(0, value * (nr_pages * PAGE_BYTES // len(value)))
+        return save()
+
+    machine.save = saving  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("compression", ["none", "zstd", "auto"])
+@pytest.mark.parametrize("connections", [2, 5, MAX_CONNECTIONS])
+def test_a_writing_guest_arrives_whole(tmp_path: Path, receive: Receive, connections: int, compression: str) -> None:
+    machine = FakeMachine(48 * MIB, running=True)
+    machine.fill(3000)
+    machine.write(4000 * PAGE_BYTES, b"compressible" * (8 * MIB // 12))
+    machine.start_writer(3000, 30_000)
+    receiving = receive()
+    outcome = migrate(
+        machine, receiving.address, tmp_path, connections=connections, compression=compression, downtime_limit_ms=100.0
+    )
+    assert outcome.result is not None, outcome.error
+    settled(receiving)
+    assert receiving.machine is not None
+    assert receiving.machine.digest() == machine.digest()
+    check_no_files(tmp_path)
+    machine.close()
+
+
+def test_each_connection_carries_pages_of_the_first_round_and_of_a_large_last_one(
+    tmp_path: Path, large: FakeMachine, receive: Receive, proxy_to: ProxyTo
+) -> None:
+    write_when_saved(large, 30 * PART_PAGES, b"late")
+    receiving = receive()
+    proxy = proxy_to(receiving)
+    outcome = migrate(large, proxy.address, tmp_path, connections=3)
+    settled(receiving)
+    assert receiving.machine is not None
+    assert receiving.machine.digest() == large.digest()
+    for seen in proxy.seen_on[1:3]:
+        once = [kind for n, kind in enumerate(seen["out"]) if kind != "PAGES" or seen["out"][n - 1] != "PAGES"]
+        assert once == ["JOIN", "PAGES", "ROUND", "LAST", "PAGES", "DONE"]
+        assert seen["back"] == BACK
+    assert "JOIN" not in proxy.seen_on[0]["out"]
+    assert outcome.result is not None
+    assert [record.connections for record in outcome.result.rounds] == [3, 3]
+
+
+def test_over_a_unix_socket(tmp_path: Path, large: FakeMachine, receive: Receive) -> None:
+    receiving = receive(listen=Address.parse(f"unix:{tmp_path}/in.sock"))
+    outcome = migrate(large, receiving.address, tmp_path, connections=MAX_CONNECTIONS)
+    assert outcome.error is None
+    settled(receiving)
+    assert receiving.machine is not None
+    assert receiving.machine.digest() == large.digest()
+
+
+def test_few_pages_are_not_spread(tmp_path: Path, large: FakeMachine, receive: Receive, proxy_to: ProxyTo) -> None:
+    write_when_saved(large, PART_PAGES, b"late")
+    receiving = receive()
+    proxy = proxy_to(receiving)
+    assert migrate(large, proxy.address, tmp_path, connections=3).error is None
+    settled(receiving)
+    assert [seen["out"][-2:] for seen in proxy.seen_on[1:3]] == [["LAST", "DONE"]] * 2
+
+
+def test_the_last_pages_lie_over_what_loading_the_state_wrote(
+    tmp_path: Path, large: FakeMachine, receive: Receive
+) -> None:
+    nr_pages = 8 * PART_PAGES
+    write_when_saved(large, nr_pages, b"last")
+
+    def slow(machine: FakeMachine) -> None:
+        load = machine.load
+
+        def loading(sections: Sequence[Section]) -> Fidelity:
+            time.sleep(0.2)
+            # As KVM does: some of what is loaded has it write to guest memory.
+            machine.write(0, b"load" * (nr_pages * PAGE_BYTES // 4))
+            return load(sections)
+
+        machine.load = loading  # type: ignore[method-assign]
+
+    receiving = receive(prepare=slow)
+    assert migrate(large, receiving.address, tmp_path, connections=4).error is None
+    settled(receiving)
+    assert receiving.machine is not None
+    assert receiving.machine.digest() == large.digest()
+
+
+def test_rewritten_pages_go_as_what_changed_over_all_of_them(tmp_path: Path, receive: Receive) -> None:
+    machine = FakeMachine(32 * MIB, running=True)
+    machine.fill(4000)
+    machine.start_writer(4000, 100_000)
+    receiving = receive()
+    outcome = migrate(
+        machine, receiving.address, tmp_path, connections=3, compression="zstd", bandwidth_bytes_s=40 * MIB,
+        max_rounds=60, downtime_limit_ms=20.0,
+    )  # fmt: skip
+    settled(receiving)
+    assert outcome.result is not None, outcome.error
+    assert sum(record.pages_delta for record in outcome.result.rounds) > 1000
+    assert receiving.machine is not None
+    assert receiving.machine.digest() == machine.digest()
+    machine.close()
+
+
+def test_a_cap_is_one_for_all_connections(tmp_path: Path, large: FakeMachine, receive: Receive) -> None:
+    receiving = receive()
+    begin = time.monotonic()
+    assert migrate(large, receiving.address, tmp_path, connections=4, bandwidth_bytes_s=32 * MIB).error is None
+    assert time.monotonic() - begin > 0.8 * 16 * PART_PAGES * PAGE_BYTES / (32 * MIB)
+    settled(receiving)
+
+
+CELLS = [
+    (way, kind, action)
+    for way, kinds in (("out", OUT), ("back", BACK))
+    for kind in kinds
+    for action in ("cut", "hold", "flip")
+]
+
+
+@pytest.mark.parametrize("cell", CELLS, ids="-".join)
+def test_any_fault_on_one_of_several_connections_resumes_the_source(
+    tmp_path: Path, large: FakeMachine, receive: Receive, proxy_to: ProxyTo, cell: tuple[str, str, str]
+) -> None:
+    direction, kind, action = cell
+    receiving = receive(in_doubt_ms=200.0, timeout_ms=patience_ms(action))
+    proxy = proxy_to(receiving, Rule(direction, 0, action, at=40, connection=3, kind=kind))
+    outcome = migrate(large, proxy.address, tmp_path, timeout_ms=patience_ms(action), connections=3)
+    assert outcome.error is not None
+    assert "\n" not in str(outcome.error)
+    check_resumed(large)
+    receiving.join()
+    assert not receiving.ran
+    check_never_two(large, receiving)
+    receiving.close()
+    again = receive(name="again")
+    assert migrate(large, again.address, tmp_path, connections=3).error is None
+    settled(again)
+    assert again.machine is not None
+    assert again.machine.digest() == large.digest()
+
+
+@pytest.mark.parametrize("action", ["cut", "hold"])
+def test_the_connection_that_failed_is_named(
+    tmp_path: Path, large: FakeMachine, receive: Receive, proxy_to: ProxyTo, action: str
+) -> None:
+    receiving = receive(timeout_ms=8000.0)
+    proxy = proxy_to(receiving, Rule("out", 2, action, connection=2))
+    outcome = migrate(large, proxy.address, tmp_path, connections=3, timeout_ms=SILENCE_MS)
+    assert isinstance(outcome.error, ChannelError | PeerFailed)
+    receiving.join()
+    # Whoever notices first closes the others, and the other side may see only that.
+    assert "(connection 2 of 3)" in f"{outcome.error} {receiving.error}"
+    check_resumed(large)
+
+
+def test_a_failure_beside_one_connection_ends_the_others_at_once(
+    tmp_path: Path, large: FakeMachine, receive: Receive, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    receiving = receive()
+    write = Writer.write
+
+    def failing(self: Writer, memory: GuestMemory, round_: Round) -> None:
+        if "connection 2" in self.channel.peer:
+            raise HostError("reading guest memory", 5)
+        write(self, memory, round_)
+
+    monkeypatch.setattr(Writer, "write", failing)
+    begin = time.monotonic()
+    # All of it would take eight seconds.
+    outcome = migrate(large, receiving.address, tmp_path, connections=3, bandwidth_bytes_s=2 * MIB)
+    assert isinstance(outcome.error, HostError)
+    assert time.monotonic() - begin < 3.0
+    check_resumed(large)
+    receiving.join()
+    assert not receiving.ran
+
+
+def test_cancel_stops_every_connection(tmp_path: Path, large: FakeMachine, receive: Receive, proxy_to: ProxyTo) -> None:
+    receiving = receive(timeout_ms=5000.0)
+    proxy = proxy_to(receiving, Rule("out", 1, "hold", connection=2))
+    source = make_source(large, proxy.address, tmp_path, timeout_ms=5000.0, connections=3)
+
+    def cancel() -> None:
+        proxy.hit.wait(5)
+        source.cancel()
+
+    threading.Thread(target=cancel, daemon=True).start()
+    begin = time.monotonic()
+    outcome = run(source)
+    assert "cancelled by the operator" in str(outcome.error)
+    assert time.monotonic() - begin < 2.0
+    check_resumed(large)
+
+
+def test_no_thread_and_no_descriptor_is_left(tmp_path: Path, receive: Receive) -> None:
+    def left() -> tuple[int, int]:
+        return threading.active_count(), len(list(Path("/proc/self/fd").iterdir()))
+
+    def once(name: str, rule: Rule | None) -> None:
+        machine = FakeMachine(MIB, running=True)
+        machine.fill(200)
+        receiving = receive(name=name)
+        proxy = Proxy(receiving.address, rule)
+        assert (migrate(machine, proxy.address, tmp_path, connections=4).error is None) == (rule is None)
+        receiving.join()
+        proxy.close()
+        receiving.close()
+        machine.close()
+
+    once("warm-up", None)
+    time.sleep(0.2)
+    before = left()
+    for n, rule in enumerate([None, Rule("out", 2, "cut", connection=2), None]):
+        once(f"n{n}", rule)
+    time.sleep(0.2)
+    after = left()
+    assert after[0] <= before[0], threading.enumerate()
+    assert after[1] <= before[1]
+
+
+class Held:
+    """A migration that stands still in its first round, so that others can try to join it."""
+
+    def __init__(self, machine: FakeMachine, receiving: Receiving, proxy: Proxy, directory: Path) -> None:
+        self._source = make_source(machine, proxy.address, directory, connections=2)
+        self._thread = threading.Thread(target=run, args=(self._source,), daemon=True)
+        self._thread.start()
+        assert proxy.hit.wait(5)
+        self.uuid, self.epoch = self._source._query.uuid, self._source._query.epoch
+        self.address = receiving.address
+        self.abort = Abort()
+
+    def ask(self, kind: FrameKind, payload: bytes) -> KvmigrateError | None:
+        """What the destination says to a connection that begins so."""
+        channel = dial(self.address, self.abort, 4000.0)
+        try:
+            channel.send_payloads([(kind, payload)])
+            expect(channel, FrameKind.JOIN)
+        except KvmigrateError as error:
+            return error
+        finally:
+            channel.close()
+        return None
+
+    def cancel(self) -> None:
+        self._source.cancel()
+        self._thread.join(5)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"epoch": 1}, "no such guest"),
+        ({"uuid": "another"}, "no such guest"),
+        ({"number": 2}, "is there already"),
+        ({"number": 1}, "number"),
+        ({"number": 4}, "cannot be"),
+        ({"of": MAX_CONNECTIONS + 1}, "of"),
+        ({"more": 1}, "more"),
+    ],
+)
+def test_a_connection_that_does_not_belong_costs_itself_and_nobody_else(
+    tmp_path: Path,
+    large: FakeMachine,
+    receive: Receive,
+    proxy_to: ProxyTo,
+    change: dict[str, object],
+    says: str,
+) -> None:
+    receiving = receive()
+    held = Held(large, receiving, proxy_to(receiving, Rule("out", 1, "hold", connection=2)), tmp_path)
+    join = {"uuid": held.uuid, "epoch": held.epoch, "number": 3, "of": 3} | change
+    error = held.ask(FrameKind.JOIN, pack(join))
+    assert isinstance(error, PeerFailed)
+    assert says in str(error)
+    assert receiving.error is None
+    held.cancel()
+
+
+def test_nobody_joins_a_guest_whose_source_announced_no_further_connections(
+    tmp_path: Path, source_machine: FakeMachine, receive: Receive, proxy_to: ProxyTo
+) -> None:
+    receiving = receive(timeout_ms=5000.0)
+    proxy = proxy_to(receiving, Rule("out", 5, "hold"))
+    source = make_source(source_machine, proxy.address, tmp_path, timeout_ms=5000.0, connections=1)
+    thread = threading.Thread(target=run, args=(source,), daemon=True)
+    thread.start()
+    assert proxy.hit.wait(5)
+    channel = dial(receiving.address, Abort(), 4000.0)
+    channel.send_payloads([(FrameKind.JOIN, Join(source._query.uuid, source._query.epoch, 2, 2).to_payload())])
+    with pytest.raises(PeerFailed, match="no such guest"):
+        expect(channel, FrameKind.JOIN)
+    channel.close()
+    source.cancel()
+    thread.join(5)
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [b"", pack({}), pack({"uuid": "u", "epoch": 1, "number": 3, "of": 2}), pack({"uuid": 1, "epoch": 1})],
+)
+def test_a_hostile_join_is_a_stream_error(payload: bytes) -> None:
+    with pytest.raises(StreamError):
+        Join.from_payload(payload)
+
+
+def test_an_answer_for_another_connection_is_refused(
+    tmp_path: Path, large: FakeMachine, receive: Receive, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    receiving = receive()
+    monkeypatch.setattr("kvmigrate.migration.further._Connection._take_frame", lambda self: False)
+    send = Channel.send_payloads
+
+    def wrong(self: Channel, frames: object, **options: bool) -> None:
+        kinds = list(frames)  # type: ignore[call-overload]
+        if kinds[0][0] == FrameKind.JOIN and "source" in self.peer:
+            kinds = [(FrameKind.JOIN, Join("u", 1, 2, 2).to_payload())]
+        send(self, kinds, **options)
+
+    monkeypatch.setattr(Channel, "send_payloads", wrong)
+    outcome = migrate(large, receiving.address, tmp_path, connections=2)
+    assert isinstance(outcome.error, BadField)
+    check_resumed(large)
+
+
+@pytest.mark.parametrize("connections", [0, -1, MAX_CONNECTIONS + 1])
+def test_a_number_of_connections_that_cannot_be_is_refused(connections: int) -> None:
+    with pytest.raises(ConfigError, match="connections"):
+        MigrationParameters(connections=connections)
+
+
+@pytest.mark.parametrize(("processors", "connections"), [(1, 1), (2, 1), (4, 2), (8, 4), (64, 4)])
+def test_the_default_leaves_processors_to_the_guest(
+    monkeypatch: pytest.MonkeyPatch, processors: int, connections: int
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(processors)))
+    assert default_connections() == connections
