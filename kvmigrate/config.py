@@ -290,9 +290,9 @@ MAX_CONNECTIONS = 16
 
 
 def default_connections() -> int:
-    """One for every two processors that this process may use, up to four: either end has a thread for each connection,
-    and the guest needs processors too."""
-    return min(max(len(os.sched_getaffinity(0)) // 2, 1), 4)
+    """As many as processors that this process may use, up to four: with one, each end waits for the other in turn
+    (measured on two processors over the loopback: two move 1 GiB in 0.8 × the time of one)."""
+    return min(len(os.sched_getaffinity(0)), 4)
 
 
 @dataclass(frozen=True, slots=True)

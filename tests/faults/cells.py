@@ -139,7 +139,7 @@ class Attempt:
             raise AssertionError("a guest in doubt was resumed")
 
 
-def attempt(traveller: Traveller, strike: Strike) -> Attempt:
+def attempt(traveller: Traveller, strike: Strike, connections: int = 2) -> Attempt:
     """Migrate through a proxy with ``strike``; returns once the source has a result, is in doubt or is dead."""
     source = traveller.source()
     destination, address = traveller.receive()
@@ -150,7 +150,7 @@ def attempt(traveller: Traveller, strike: Strike) -> Attempt:
     elif strike.victim == "cancel":
         strike.call = lambda: cancel(source, strike)
     try:
-        job = migrate(source, proxy.address, **{"x-kvmigrate-timeout": TIMEOUT_MS})
+        job = migrate(source, proxy.address, **{"x-kvmigrate-timeout": TIMEOUT_MS, "multifd-channels": connections})
     except ControlError:
         # The process is gone: killed, or moved away after a doubt that was over before we could ask.
         assert strike.victim == "kill-source" or source.wait_end(ENDED_S) == MOVED, source.stderr

@@ -36,13 +36,15 @@ class Strike:
     """At the first frame of ``kind`` but ``skip``, once a frame of ``after`` has come by if there is one. ``call`` (for
     :attr:`Action.CALL`) does something to ``victim``.
 
-    ``down``: from then on no new connection is let through either, until :meth:`Proxy.mend`.
+    ``down``: from then on no new connection is let through either, until :meth:`Proxy.mend`. ``further``: only on a
+    further connection of the migration; otherwise only PAGES are struck there too.
     """
 
     kind: FrameKind
     action: Action
     skip: int = 0
     down: bool = False
+    further: bool = False
     after: FrameKind | None = None
     victim: str = ""
     call: Callable[[], None] = lambda: None
@@ -60,6 +62,8 @@ class Proxy:
         self._sockets: list[socket.socket] = []
         self._down = threading.Event()
         self._mended = threading.Event()
+        self._lock = threading.Lock()
+        self._taken = False
         self.kinds: list[FrameKind] = []
 
     @property
@@ -102,25 +106,29 @@ class Proxy:
                 _close(near)
                 continue
             self._sockets += [near, far]
+            joined = threading.Event()
             for one, other in ((near, far), (far, near)):
-                threading.Thread(target=self._pass_on, args=(one, other), daemon=True).start()
+                threading.Thread(target=self._pass_on, args=(one, other, joined), daemon=True).start()
 
-    def _pass_on(self, source: socket.socket, sink: socket.socket) -> None:
+    def _pass_on(self, source: socket.socket, sink: socket.socket, joined: threading.Event) -> None:
         """Frames from ``source`` to ``sink`` until either ends; then both do."""
         with suppress(OSError, EOFError):
             source.settimeout(None)
             source.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            while self._frame(source, sink):
+            while self._frame(source, sink, joined):
                 pass
         _close(source)
         _close(sink)
 
-    def _frame(self, source: socket.socket, sink: socket.socket) -> bool:
+    def _frame(self, source: socket.socket, sink: socket.socket, joined: threading.Event) -> bool:
         head = _read(source, HEADER.size)
         header = decode_header(head)
         kind = FrameKind(header.kind)
         self.kinds.append(kind)
-        strike = self._due(kind)
+        if kind is FrameKind.JOIN:
+            joined.set()
+        with self._lock:
+            strike = self._due(kind, joined.is_set())
         if strike and not self._hit(strike, source, sink):
             return False
         sink.sendall(head)
@@ -131,14 +139,17 @@ class Proxy:
             sink.sendall(bytes([_read(source, 1)[0] ^ 0x04]))
         return True
 
-    def _due(self, kind: FrameKind) -> Strike | None:
+    def _due(self, kind: FrameKind, joined: bool) -> Strike | None:
         strike = self._strike
-        if strike is None or strike.kind is not kind or strike.struck.is_set():
+        if strike is None or strike.kind is not kind or self._taken:
+            return None
+        if strike.further != joined and (strike.further or kind is not FrameKind.PAGES):
             return None
         if strike.after is not None and strike.after not in self.kinds:
             return None
         strike.skip -= 1
-        return strike if strike.skip < 0 else None
+        self._taken = strike.skip < 0
+        return strike if self._taken else None
 
     def _hit(self, strike: Strike, source: socket.socket, sink: socket.socket) -> bool:
         """Whether the frame may still go its way."""

@@ -19,12 +19,12 @@ from .cells import Attempt, Traveller, attempt, before, in_doubt
 from .proxy import Action, Strike
 
 pytestmark = pytest.mark.timeout(300)
-NAMES = "HELLO CONFIG ACCEPT CHECK CHECKED PAGES SECTION END READY COMMIT RUNNING DONE"
-HELLO, CONFIG, ACCEPT, CHECK, CHECKED, PAGES, SECTION, END, READY, COMMIT, RUNNING, DONE = (
+NAMES = "HELLO CONFIG ACCEPT CHECK CHECKED JOIN PAGES SECTION LAST END READY COMMIT RUNNING DONE"
+HELLO, CONFIG, ACCEPT, CHECK, CHECKED, JOIN, PAGES, SECTION, LAST, END, READY, COMMIT, RUNNING, DONE = (
     FrameKind[name] for name in NAMES.split()
 )
 SETUP = (HELLO, CONFIG, ACCEPT, CHECK, CHECKED)
-FILLED = 2
+FILLED = 3
 """PAGES frames to let pass, so that the next one holds pages that the guest does not write any more."""
 
 
@@ -64,6 +64,23 @@ def test_link_is_cut(traveller: Traveller, kind: FrameKind) -> None:
     else:
         # Also at COMMIT: asked over a new connection, a destination that has not seen it gives the guest up.
         cell.require_source_goes_on()
+
+
+@pytest.mark.parametrize(
+    ("kind", "action"),
+    [
+        (JOIN, Action.RESET),
+        (PAGES, Action.CUT),
+        (PAGES, Action.STALL),
+        (PAGES, Action.CORRUPT),
+        (LAST, Action.STALL),
+        (DONE, Action.CUT),
+    ],
+)
+def test_one_of_several_connections_is_hurt(traveller: Traveller, kind: FrameKind, action: Action) -> None:
+    # Of the pages that the guest goes on writing a damaged one is sent again.
+    skip = 1 if kind is PAGES else 0
+    attempt(traveller, Strike(kind, action, skip, further=True), connections=3).require_source_goes_on()
 
 
 @pytest.mark.parametrize("kind", [PAGES, READY, COMMIT, RUNNING])
