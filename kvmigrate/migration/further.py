@@ -37,7 +37,8 @@ class Further:
                 raise MigrationError(f"connection {join.number} of {join.of} is there already, or comes too late")
             peer = f"the source (connection {join.number} of {join.of})"
             channel.hand_over(self._abort, self._first.timeout_ms, peer)
-            self._joined[join.number] = _Connection(channel, join, memory, self)
+            # Another thread may be counting: it keeps the map that it has.
+            self._joined = {**self._joined, join.number: _Connection(channel, join, memory, self)}
 
     def loaded(self) -> None:
         """The guest's state has been loaded: the last pages may be written over what that wrote."""
