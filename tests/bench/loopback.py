@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .goals import Goal, Group, Plan
 from .lineage import Variant
-from .moves import OURS, PREPARED, moves
+from .moves import OURS, OVER, PREPARED, moves
 from .qemu import QemuVariant
 from .sizes import HALF_ZERO, RESERVE_MIB, TEXT, filled, untouched, writing
 
@@ -35,6 +35,7 @@ def idle(_: Path) -> Iterator[Group]:
         QemuVariant(4, memfd=True),
         QemuVariant(4, zstd=True),
         *PREPARED,
+        *OVER,
     ]
     goals = [
         Goal("1 GiB incompressible idle: total", "total ms", 0.35),
