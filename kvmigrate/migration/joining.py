@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Self
 
 from ..config import MAX_CONNECTIONS, Address
-from ..errors import BadField
+from ..errors import BadField, ChannelError, HostError
 from ..state.frame import FrameKind
 from ..state.section import Fields, pack, unpack
 from .abort import Abort
@@ -56,7 +56,11 @@ def open_further(first: Channel, address: Address, uuid: str, epoch: int, of: in
     opened: list[Channel] = []
     try:
         for number in range(2, of + 1):
-            channel = dial(address, first.abort, first.timeout_ms)
+            try:
+                channel = dial(address, first.abort, first.timeout_ms)
+            except HostError as error:
+                # The first one came through: something between lets no more than one.
+                raise ChannelError(f"connection {number} of {of}: {error}; --connections 1 needs one only") from error
             opened.append(channel)
             channel.peer = f"{address} (connection {number} of {of})"
             payload = Join(uuid, epoch, number, of).to_payload()

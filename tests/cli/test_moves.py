@@ -228,7 +228,7 @@ def test_a_guest_in_doubt_stays_paused_until_the_operator_resolves_it(host: Host
     """The link dies while the destination says RUNNING, so that the source cannot know."""
     with busy_guest(host, "one") as source, waiting(host, "two") as (target, address):
         cutter = Cutter(int(address.rpartition(":")[2]), FrameKind.RUNNING)
-        done = host("send", "one", f"tcp://127.0.0.1:{cutter.port}", "--timeout", "1s")
+        done = host("send", "one", f"tcp://127.0.0.1:{cutter.port}", "--timeout", "1s", "--connections", "1")
         assert cutter.cut.is_set()
         assert done.status == 2
         assert "kvmigrate resolve one" in done.err

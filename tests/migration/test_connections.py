@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -107,6 +108,22 @@ def test_over_a_unix_socket(tmp_path: Path, large: FakeMachine, receive: Receive
     settled(receiving)
     assert receiving.machine is not None
     assert receiving.machine.digest() == large.digest()
+
+
+def test_where_only_one_connection_comes_through_the_error_says_what_to_do(
+    tmp_path: Path, large: FakeMachine, receive: Receive, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(address: Address, abort: Abort, timeout_ms: float) -> Channel:
+        raise HostError(str(address), errno.ECONNREFUSED)
+
+    monkeypatch.setattr("kvmigrate.migration.joining.dial", refused)
+    receiving = receive()
+    outcome = migrate(large, receiving.address, tmp_path, connections=2)
+    assert "connection 2 of 2" in str(outcome.error)
+    assert "--connections 1" in str(outcome.error)
+    check_resumed(large)
+    receiving.join()
+    assert not receiving.ran
 
 
 def test_few_pages_are_not_spread(tmp_path: Path, large: FakeMachine, receive: Receive, proxy_to: ProxyTo) -> None:
