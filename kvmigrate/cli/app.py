@@ -124,7 +124,7 @@ def send(
         str, typer.Option(help="Room for pages as last sent, to send what changed; 0: none.")
     ] = "32M",
     connections: Annotated[
-        int | None, typer.Option(help="Send pages over so many; if not given, as many as processors, up to 4.")
+        int | None, typer.Option(help="Send pages over so many; if not given, one for every two processors, up to 4.")
     ] = None,
     json: Json = False,
     verbose: Verbose = False,
