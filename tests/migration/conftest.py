@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from kvmigrate.migration.sink import PART_PAGES
 from tests.fake_machine import MIB, FakeMachine
 from tests.migration.harness import Proxy, Receiving, Rule
 
@@ -49,3 +50,12 @@ def proxy_to() -> Iterator[Callable[..., Proxy]]:
     yield start
     for proxy in made:
         proxy.close()
+
+
+@pytest.fixture
+def large() -> Iterator[FakeMachine]:
+    """A guest with pages enough for several connections."""
+    machine = FakeMachine(32 * MIB, name="guest", running=True)
+    machine.fill(16 * PART_PAGES)
+    yield machine
+    machine.close()
