@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable
 
 from ..errors import Cancelled, ChannelError, KvmigrateError, MigrationError
@@ -26,8 +25,10 @@ class Further:
         self._allowed = allowed
         self._abort = Abort()
         self._loaded = threading.Event()
-        self._lock = threading.Lock()
+        self._lock = threading.Condition()
         self._closed = False
+        self._failed = False
+        self._nr_done = 0
         self._joined: dict[int, _Connection] = {}
 
     def join(self, channel: Channel, join: Join, memory: GuestMemory) -> None:
@@ -44,19 +45,27 @@ class Further:
         """The guest's state has been loaded: the last pages may be written over what that wrote."""
         self._loaded.set()
 
-    def finish(self) -> None:
-        """Wait for the end of every connection. Raises what went wrong on one, or :class:`MigrationError`."""
+    def finish(self, nr_last: int) -> None:
+        """Wait until ``nr_last`` of them have ended by DONE: those that carry last pages. The others are not woken for
+        it, and what becomes of them after this changes nothing. Raises what went wrong on one, or
+        :class:`MigrationError`."""
         with self._lock:
-            self._closed = True
-        until = time.monotonic() + self._first.timeout_ms / 1e3
-        for connection in self._joined.values():
-            if not connection.ended(max(until - time.monotonic(), 0.0)):
-                raise MigrationError(f"{connection.channel.peer} did not end: is that connection stalled?")
+            ended = self._lock.wait_for(lambda: self._failed or self._nr_done >= nr_last, self._first.timeout_ms / 1e3)
+            if ended and not self._failed:
+                self._closed = True
         self._first.abort.check()
+        if not ended:
+            raise MigrationError(f"of {nr_last} further connections {self._nr_done} ended: is one stalled?")
 
     def count(self, counter: str) -> int:
         """The sum over all of them of a counter of ``struct kmig_incoming``."""
         return sum(getattr(connection.channel.incoming, counter) for connection in self._joined.values())
+
+    def done(self) -> None:
+        """One of them has ended by DONE."""
+        with self._lock:
+            self._nr_done += 1
+            self._lock.notify_all()
 
     def stop(self) -> None:
         """End them all, and wait for it. Idempotent."""
@@ -65,7 +74,7 @@ class Further:
         self._abort.fire(Cancelled("the migration has ended"))
         self._loaded.set()
         for connection in self._joined.values():
-            connection.ended(None)
+            connection.join()
             connection.channel.close()
         self._abort.close()
 
@@ -75,10 +84,15 @@ class Further:
         self._abort.check()
 
     def failed(self, error: KvmigrateError) -> None:
-        """Have ``first`` raise the reason, and the other connections end."""
+        """Have ``first`` raise the reason, and the other connections end; unless all of it is over."""
         if isinstance(error, ChannelError):
             error = MigrationError(str(error))
-        self._first.abort.fire(error)
+        with self._lock:
+            if self._closed:
+                return
+            self._failed = True
+            self._first.abort.fire(error)
+            self._lock.notify_all()
         self._abort.fire(error)
 
     @property
@@ -99,16 +113,16 @@ class _Connection:
         self._thread = threading.Thread(target=self._run, name=f"pages-{join.number}", daemon=True)
         self._thread.start()
 
-    def ended(self, within_s: float | None) -> bool:
-        """Whether it ends ``within_s``."""
-        self._thread.join(within_s)
-        return not self._thread.is_alive()
+    def join(self) -> None:
+        """Wait for its thread's end."""
+        self._thread.join()
 
     def _run(self) -> None:
         try:
             self.channel.send_payloads([(FrameKind.JOIN, self._join.to_payload())])
             while self._take_frame():
                 continue
+            self._further.done()
         except KvmigrateError as error:
             self._further.failed(error)
 

@@ -66,7 +66,7 @@ def switch_over(
     precopy.last_round()
     last_pages = watch.lap()
     memory = machine.memory
-    end = wire.End(sink.pages_sent, sink.pages_cleared, memory.digest, memory.nr_hashed, autostart)
+    end = wire.End(sink.pages_sent, sink.pages_cleared, memory.digest, memory.nr_hashed, autostart, sink.nr_last)
     channel.send_payloads([(FrameKind.END, end.to_payload())])
     ready = wire.Ready.from_payload(expect(channel, FrameKind.READY, spin=True).payload)
     if (ready.digest, ready.nr_hashed) != (end.digest, end.nr_hashed):

@@ -198,7 +198,7 @@ class Incoming:
     def _end(self, frame: Frame) -> State:
         watch = Stopwatch()
         end = wire.End.from_payload(frame.payload)
-        self._further.finish()
+        self._further.finish(end.further)
         memory = self._built().memory
         for what, here, there in (
             ("data pages", self.received("pages_received"), end.pages),

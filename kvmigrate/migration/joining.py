@@ -1,7 +1,7 @@
 """Further connections for the pages of one migration: how the source opens them and says whose they are.
 
 The feature ``connections`` in HELLO says that they will come. Each begins with JOIN, which the destination sends back
-once it listens there for pages; it ends with DONE, after the last page.
+once it listens there for pages. One that has pages of the last round says LAST before them and DONE after them.
 """
 
 from __future__ import annotations

@@ -95,6 +95,8 @@ class StreamSink:
         self._delta: DeltaCache | None = None
         self.pages_sent = 0
         self.pages_cleared = 0
+        self.nr_last = 0
+        """How many further connections carried pages of the last round."""
 
     def write_round(self, memory: GuestMemory, round_: Round) -> None:
         """Send everything that is pending. Raises what :meth:`Channel.check` raises."""
@@ -104,11 +106,7 @@ class StreamSink:
         if self._delta is not None:
             round_.handle.delta = self._delta.handle
         lib.kmig_round_begin(memory.handle, round_.handle)
-        if round_.last:
-            self._say_to_further(FrameKind.LAST)
         self._write(memory, round_)
-        if round_.last:
-            self._say_to_further(FrameKind.DONE)
         self.pages_sent += round_.total("pages_sent")
         self.pages_cleared += round_.total("pages_cleared")
 
@@ -119,6 +117,9 @@ class StreamSink:
         if self._pool is None or not further:
             first.write(memory, round_)
             return
+        if round_.last:
+            self.nr_last = len(further)
+            _say(further, FrameKind.LAST)
         parts = [round_.part(memory, 1 + len(further)) for _ in further]
         running = [
             self._pool.submit(writer.write_beside_others, memory, part)
@@ -132,10 +133,8 @@ class StreamSink:
             # Whoever failed first has said why there.
             first.channel.abort.check()
             raise errors[0]
-
-    def _say_to_further(self, kind: FrameKind) -> None:
-        for channel in self._channels[1:]:
-            channel.send_payloads([(kind, pack({}))])
+        if round_.last:
+            _say(further, FrameKind.DONE)
 
     def end_round(self, record: RoundRecord) -> None:
         """Tell the destination how far it is, and wait until it is there too, on every connection.
@@ -169,3 +168,8 @@ class StreamSink:
             self._pool.shutdown()
         for channel in self._channels[1:]:
             channel.close()
+
+
+def _say(writers: Sequence[Writer], kind: FrameKind) -> None:
+    for writer in writers:
+        writer.channel.send_payloads([(kind, pack({}))])

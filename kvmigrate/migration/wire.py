@@ -78,6 +78,7 @@ from dataclasses import asdict, dataclass
 from enum import Enum
 from typing import Self
 
+from ..config import MAX_CONNECTIONS
 from ..errors import BadField, BadVersion, KvmigrateError, PeerFailed
 from ..state.frame import FrameKind
 from ..state.section import Fields, Value, pack, unpack
@@ -199,6 +200,8 @@ class End:
     nr_hashed: int
     autostart: bool
     """Whether the guest is to run at once: false when it was paused at the source."""
+    further: int = 0
+    """How many further connections carry last pages, and end by DONE."""
 
     def to_payload(self) -> bytes:
         """The frame\'s payload."""
@@ -209,7 +212,8 @@ class End:
         """Decode a hostile payload. Raises :class:`StreamError`."""
         fields = _fields(payload, FrameKind.END)
         pages, cleared, digest, nr_hashed = (fields.integer(k) for k in ("pages", "cleared", "digest", "nr_hashed"))
-        end = cls(pages, cleared, digest, nr_hashed, fields.boolean("autostart"))
+        further = fields.integer("further", 0, MAX_CONNECTIONS - 1)
+        end = cls(pages, cleared, digest, nr_hashed, fields.boolean("autostart"), further)
         fields.done()
         return end
 

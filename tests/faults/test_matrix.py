@@ -19,8 +19,8 @@ from .cells import Attempt, Traveller, attempt, before, in_doubt
 from .proxy import Action, Strike
 
 pytestmark = pytest.mark.timeout(300)
-NAMES = "HELLO CONFIG ACCEPT CHECK CHECKED JOIN PAGES SECTION LAST END READY COMMIT RUNNING DONE"
-HELLO, CONFIG, ACCEPT, CHECK, CHECKED, JOIN, PAGES, SECTION, LAST, END, READY, COMMIT, RUNNING, DONE = (
+NAMES = "HELLO CONFIG ACCEPT CHECK CHECKED JOIN PAGES ROUND SECTION END READY COMMIT RUNNING DONE"
+HELLO, CONFIG, ACCEPT, CHECK, CHECKED, JOIN, PAGES, ROUND, SECTION, END, READY, COMMIT, RUNNING, DONE = (
     FrameKind[name] for name in NAMES.split()
 )
 SETUP = (HELLO, CONFIG, ACCEPT, CHECK, CHECKED)
@@ -73,8 +73,8 @@ def test_link_is_cut(traveller: Traveller, kind: FrameKind) -> None:
         (PAGES, Action.CUT),
         (PAGES, Action.STALL),
         (PAGES, Action.CORRUPT),
-        (LAST, Action.STALL),
-        (DONE, Action.CUT),
+        (ROUND, Action.STALL),
+        (ROUND, Action.CUT),
     ],
 )
 def test_one_of_several_connections_is_hurt(traveller: Traveller, kind: FrameKind, action: Action) -> None:
