@@ -290,9 +290,8 @@ MAX_CONNECTIONS = 16
 
 
 def default_connections() -> int:
-    """One for every two processors that this process may use, up to four. Two on two processors move more in less time,
-    but their threads are in each other's way in the blackout (measured over the loopback: 0.7 × the time, 1.1 × the
-    blackout)."""
+    """One for every two processors that this process may use, up to four. Two on two processors take 0.7 × the time
+    over the loopback, but more threads are in each other's way, and in the guest's."""
     return min(max(len(os.sched_getaffinity(0)) // 2, 1), 4)
 
 
