@@ -201,18 +201,22 @@ class End:
     autostart: bool
     """Whether the guest is to run at once: false when it was paused at the source."""
     further: int = 0
-    """How many further connections carry last pages, and end by DONE."""
+    """How many further connections carry last pages, and end by DONE. Not on the wire when there are none, so that a
+    destination which knows of no further connections reads it too."""
 
     def to_payload(self) -> bytes:
         """The frame\'s payload."""
-        return pack(asdict(self))
+        value = asdict(self)
+        if not self.further:
+            del value["further"]
+        return pack(value)
 
     @classmethod
     def from_payload(cls, payload: bytes) -> Self:
         """Decode a hostile payload. Raises :class:`StreamError`."""
         fields = _fields(payload, FrameKind.END)
         pages, cleared, digest, nr_hashed = (fields.integer(k) for k in ("pages", "cleared", "digest", "nr_hashed"))
-        further = fields.integer("further", 0, MAX_CONNECTIONS - 1)
+        further = fields.integer("further", 1, MAX_CONNECTIONS - 1) if fields.has("further") else 0
         end = cls(pages, cleared, digest, nr_hashed, fields.boolean("autostart"), further)
         fields.done()
         return end

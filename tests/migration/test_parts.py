@@ -12,7 +12,7 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvmigrate.config import Address, MigrationParameters
+from kvmigrate.config import MAX_CONNECTIONS, Address, MigrationParameters
 from kvmigrate.contract import RunState
 from kvmigrate.errors import (
     BadField,
@@ -47,10 +47,18 @@ u64 = st.integers(0, 2**64 - 1)
 micros = st.integers(0, 1 << 30).map(lambda us: us / 1e3)
 
 
-@given(u64, u64, u64, u64, st.booleans())
-def test_end_comes_back_as_it_went(pages: int, cleared: int, digest: int, nr_hashed: int, autostart: bool) -> None:
-    end = wire.End(pages, cleared, digest, nr_hashed, autostart)
+@given(u64, u64, u64, u64, st.booleans(), st.integers(0, MAX_CONNECTIONS - 1))
+def test_end_comes_back_as_it_went(
+    pages: int, cleared: int, digest: int, nr_hashed: int, autostart: bool, further: int
+) -> None:
+    end = wire.End(pages, cleared, digest, nr_hashed, autostart, further)
     assert wire.End.from_payload(end.to_payload()) == end
+
+
+def test_over_one_connection_end_says_nothing_that_an_older_destination_does_not_know() -> None:
+    said = unpack(wire.End(1, 2, 3, 4, True).to_payload(), "x")
+    assert isinstance(said, dict)
+    assert said.keys() == {"pages", "cleared", "digest", "nr_hashed", "autostart"}
 
 
 @given(u64, u64, micros, micros)

@@ -12,7 +12,8 @@ struct kmig_page_run {
     uint32_t kind;
 };
 
-// One round, or the part in it of one of several connections, each in a thread of its own. The first group is set by the caller; the counters may be read by another thread while the round runs.
+// One round, or the part in it of one of several connections, each in a thread of its own. The first group is set by the
+// caller; the counters may be read by another thread while the round runs.
 struct kmig_round {
     int abort_fd;              // an eventfd: readable means stop with -ECANCELED; -1 for none
     int first;                 // 1 for the first round: take what is resident, window by window
