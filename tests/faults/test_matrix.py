@@ -79,7 +79,7 @@ def test_link_is_cut(traveller: Traveller, kind: FrameKind) -> None:
 )
 def test_one_of_several_connections_is_hurt(traveller: Traveller, kind: FrameKind, action: Action) -> None:
     # Of the pages that the guest goes on writing a damaged one is sent again.
-    skip = 1 if kind is PAGES else 0
+    skip = FILLED - 1 if kind is PAGES else 0
     attempt(traveller, Strike(kind, action, skip, further=True), connections=3).require_source_goes_on()
 
 
