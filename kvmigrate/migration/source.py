@@ -211,6 +211,8 @@ class Source:
         self._result = replace(self._result, status=Status.DEVICE)
         bound_ms = max(self._parameters.timeout_ms, 2 * self._parameters.downtime_limit_ms)
         late = PeerTimeout(f"{channel.peer} took over {bound_ms / 1e3:g} s to take the paused guest over")
+        self._machine.warm_up()
+        rehearse()
         with self._abort.deadline(bound_ms, late):
             self._abort.check()
             self._pausing = True
