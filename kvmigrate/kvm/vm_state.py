@@ -9,7 +9,7 @@ from ..state.fidelity import Fidelity
 from ..state.section import Value, unpack
 from . import vcpu_image
 from .clock import ParsedClock, load_clock, parse_clock
-from .structs import layout, packed
+from .structs import Layout, layout, packed
 from .vcpu_image import save_image
 from .vcpu_state import load_vcpu, parse_vcpu, save_vcpu
 from .vm import CHIPS, Vm, chip_layout
@@ -106,38 +106,28 @@ def load_chips(vm: Vm, fidelity: Fidelity) -> None:
         except HostError as error:
             fidelity.refused(item, None, None, f"the kernel refused it: {error}")
             continue
-        if outcome.exact and item != "pit2":
+        if item == "pit2":
+            _judge_pit(image, fidelity)
+        elif outcome.exact:
             fidelity.exact(item)
         else:
-            _compare_chip(image, item, fidelity)
+            _compare(image, item, chip_layout(CHIPS[item]), fidelity)
 
 
-def _compare_chip(image: VmImage, item: str, fidelity: Fidelity) -> None:
-    of = layout("pit_state2") if item == "pit2" else chip_layout(CHIPS[item])
-    saved, held = (of.unpack(data) for data in (image.memory.saved_bytes(item), image.memory.held_bytes(item)))
-    if item == "pit2":
-        _compare_pit(saved, held, fidelity)
-    else:
-        fidelity.compare(item, saved, held)
+def _compare(image: VmImage, item: str, of: Layout, fidelity: Fidelity) -> None:
+    fidelity.compare(item, of.unpack(image.memory.saved_bytes(item)), of.unpack(image.memory.held_bytes(item)))
 
 
-def _compare(name: str, saved: Value, held: Value, fidelity: Fidelity) -> None:
-    if saved == held:
-        fidelity.exact(name)
-    else:
-        fidelity.compare(name, saved, held)
-
-
-def _compare_pit(saved: Value, held: Value, fidelity: Fidelity) -> None:
-    """All but the time at which each channel began to count, which is the host's own clock."""
-    _compare("pit2.flags", saved["flags"], held["flags"], fidelity)
-    for n, (one, other) in enumerate(zip(saved["channels"], held["channels"], strict=True)):
-        began, now = one["count_load_time"], other["count_load_time"]
-        _compare(f"pit2.channels[{n}]", one | {"count_load_time": now}, other, fidelity)
+def _judge_pit(image: VmImage, fidelity: Fidelity) -> None:
+    """Exact but for the time at which each channel began to count, which is the host's own clock."""
+    saved, held = (of("pit2", "struct kvm_pit_state2 *") for of in (image.memory.saved, image.memory.held))
+    for number, (one, other) in enumerate(zip(saved.channels, held.channels, strict=True)):
+        began, now = one.count_load_time, other.count_load_time
         if began != now:
-            fidelity.adjusted(
-                f"pit2.channels[{n}].count_load_time",
-                began,
-                now,
-                "the channel starts a new period on this host's clock",
-            )
+            why = "the channel starts a new period on this host's clock"
+            fidelity.adjusted(f"pit2.channels[{number}].count_load_time", began, now, why)
+            other.count_load_time = began
+    if image.memory.saved_bytes("pit2") == image.memory.held_bytes("pit2"):
+        fidelity.all_exact(("pit2.flags", *(f"pit2.channels[{number}]" for number in range(len(saved.channels)))))
+    else:
+        _compare(image, "pit2", layout("pit_state2"), fidelity)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -114,7 +114,11 @@ class Source:
             with self._rollback():
                 channel = self._setup()
                 precopy, sink = self._copy(channel)
-                with quiet_interpreter():
+                self._machine.warm_up()
+                rehearse()
+                # The bound is for the switch-over; once COMMIT may have been sent it says nothing any more, and to take
+                # it off must wait until the guest runs: it wakes a thread.
+                with quiet_interpreter(), self._bound(channel):
                     switched = self._switch_over(channel, precopy, sink)
                     answer = self._commit(channel, switched)
             return self._conclude(switched, answer)
@@ -209,14 +213,15 @@ class Source:
     def _switch_over(self, channel: Channel, precopy: PreCopy, sink: StreamSink) -> Switched:
         self._autostart = self._machine.runstate is RunState.RUNNING
         self._result = replace(self._result, status=Status.DEVICE)
+        self._abort.check()
+        self._pausing = True
+        return switch_over(self._machine, channel, precopy, sink, autostart=self._autostart)
+
+    def _bound(self, channel: Channel) -> AbstractContextManager[None]:
+        """Ends a switch-over that takes too long, unless COMMIT was sent."""
         bound_ms = max(self._parameters.timeout_ms, 2 * self._parameters.downtime_limit_ms)
         late = PeerTimeout(f"{channel.peer} took over {bound_ms / 1e3:g} s to take the paused guest over")
-        self._machine.warm_up()
-        rehearse()
-        with self._abort.deadline(bound_ms, late):
-            self._abort.check()
-            self._pausing = True
-            return switch_over(self._machine, channel, precopy, sink, autostart=self._autostart)
+        return self._abort.deadline(bound_ms, late)
 
     def _commit(self, channel: Channel, switched: Switched) -> HandedOver | wire.Answer | None:
         """From the journal on there is no way back by ourselves. None: no answer that says who owns the guest."""
