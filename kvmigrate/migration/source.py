@@ -58,6 +58,7 @@ from .journal import Entry, Journal, Record, Role
 from .pages import announce_resident
 from .sink import StreamSink
 from .status import MigrationResult, Observer, Silence, Status
+from .zerocopy import References, require_possible
 
 LAST_WORD_MS = 300.0
 """How long a failed connection is listened to for the other side's reason."""
@@ -148,6 +149,7 @@ class Source:
         """Connect, agree on the version, and have the destination build the machine and try the state."""
         self._enter(Status.SETUP)
         require_movable(self._machine)
+        require_possible(self._address, self._parameters)
         self._channel = channel = dial(self._address, self._abort, self._parameters.timeout_ms)
         uuid, epoch = self._query.uuid, self._query.epoch
         introduce(channel, wire.Hello(wire.FORMAT, tuple(self._features()), uuid, epoch, self._name))
@@ -173,6 +175,8 @@ class Source:
         parameters, query = self._parameters, self._query
         further = open_further(channel, self._address, query.uuid, query.epoch, parameters.connections)
         self._sink = StreamSink([channel, *further], parameters.compression, parameters.delta_cache_bytes)
+        if parameters.zero_copy:
+            self._sink.send_by_reference()
         return self._sink
 
     def _copy(self, channel: Channel) -> tuple[PreCopy, StreamSink]:
@@ -200,11 +204,14 @@ class Source:
 
     def _after_round(self, record: RoundRecord, decision: Decision) -> None:
         self._tell(lambda: self._observer.round_done(record))
-        self._result = replace(self._result, why=decision.why)
+        self._result = replace(self._result, why=decision.why, zero_copy=self._references())
         self._abort.check()
         refuse_ended(self._machine)
         if self._channel is not None and self._channel.pending():
             expect(self._channel, FrameKind.FAILED)
+
+    def _references(self) -> References | None:
+        return self._sink.references() if self._sink is not None else None
 
     def _switch_over(self, channel: Channel, precopy: PreCopy, sink: StreamSink) -> Switched:
         self._autostart = self._machine.runstate is RunState.RUNNING
@@ -264,7 +271,7 @@ class Source:
             with suppress(ChannelError):
                 say_done(self._channel)
         self._machine.pause(RunState.POSTMIGRATE)
-        result = replace(self._result, total_ms=self._elapsed_ms())
+        result = replace(self._result, total_ms=self._elapsed_ms(), zero_copy=self._references())
         self._result = measured(result, self._precopy, switched, handed_over)
         self._tell(lambda: self._observer.status(Status.DEVICE))
         self._enter(Status.COMPLETED)

@@ -6,8 +6,10 @@
 int kmig_stream_send_some(struct kmig_memory *memory, struct kmig_round *round, int fd, uint32_t *sequence,
                           uint64_t most_pages, uint64_t most_ns);
 
-// Send exactly size_bytes; returns 0, -ETIMEDOUT, -ECANCELED, -EPIPE …. abort_fd and timeout as in struct kmig_round.
-int kmig_stream_send(int fd, const void *data, uint64_t size_bytes, int abort_fd, int64_t timeout_ms);
+// Send a copy of exactly size_bytes; returns 0, -ETIMEDOUT, -ECANCELED, -EPIPE …. abort_fd and timeout as in struct
+// kmig_round; zerocopy is that of fd if pages go by reference there, else NULL.
+int kmig_stream_send(int fd, const void *data, uint64_t size_bytes, int abort_fd, int64_t timeout_ms,
+                     struct kmig_zerocopy *zerocopy);
 
 // Receive exactly size_bytes; -ECONNRESET when the peer closes before.
 int kmig_stream_recv(int fd, void *data, uint64_t size_bytes, int abort_fd, int64_t timeout_ms);
