@@ -73,8 +73,8 @@ def can_have_own_network() -> bool:
 
 
 def enter_own_network(optmem_bytes: int) -> bool:
-    """Have this thread's sockets in a new network namespace with that ``net.core.optmem_max``. False where the kernel has
-    only one for all namespaces."""
+    """Have this thread's sockets in a new network namespace with that ``net.core.optmem_max``. False where the kernel
+    has only one for all namespaces."""
     _libc("unshare", CLONE_NEWNET)
     subprocess.run(["ip", "link", "set", "lo", "up"], check=True, timeout=20)
     if not OPTMEM.exists():
