@@ -21,6 +21,7 @@
 #include "api/memory.h"
 #include "api/dirty.h"
 #include "api/delta.h"
+#include "api/zerocopy.h"
 #include "api/page.h"
 #include "api/stream.h"
 #include "api/file.h"
