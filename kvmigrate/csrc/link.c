@@ -8,17 +8,27 @@
 
 #define SMALL_BYTES (64 << 10)
 #define LOW_WATER_BYTES (512 << 10)
+#define SLOW_YIELD_NS 100000
+#define CROWDED_NS 50000000
 
 // Whether fd is ready for events before spin_until_ns. To wake a sleeper takes the kernel longer than a frame of the
-// blackout is away; but the one that is to send it may have no other processor than this, so each look gives it up.
+// blackout is away; but the one that is to send it may have no other processor than this, so each look gives it up. When
+// that takes a while, somebody else needs the processor: then a sleeper gets it back sooner than one that only yields.
 static int spin(struct pollfd *poller, const struct kmig_link *link)
 {
+    static uint64_t crowded_until_ns;
+    uint64_t now = kmig_now_ns();
     int rc = 0;
 
-    while (rc == 0 && kmig_now_ns() < link->spin_until_ns) {
+    while (rc == 0 && now < link->spin_until_ns && now >= __atomic_load_n(&crowded_until_ns, __ATOMIC_RELAXED)) {
         rc = poll(poller, 2, 0);
-        if (rc == 0)
-            sched_yield();
+        if (rc)
+            break;
+        sched_yield();
+        uint64_t back = kmig_now_ns();
+        if (back - now > SLOW_YIELD_NS)
+            __atomic_store_n(&crowded_until_ns, back + CROWDED_NS, __ATOMIC_RELAXED);
+        now = back;
     }
     return rc;
 }

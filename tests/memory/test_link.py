@@ -5,7 +5,10 @@ from __future__ import annotations
 import errno
 import itertools
 import os
+import resource
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -170,6 +173,28 @@ def test_send_and_recv_keep_to_their_timeout_and_abort(transfer: Callable[..., i
         os.eventfd_write(abort_fd, 1)
         assert transfer(ours.fileno(), data, len(data), abort_fd, 50) == -errno.ECANCELED
     os.close(abort_fd)
+
+
+def test_a_receiver_that_spins_goes_to_sleep_when_another_needs_its_processor() -> None:
+    ours, theirs = socket.socketpair()
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(before)})
+    try:
+        with ours, theirs, subprocess.Popen([sys.executable, "-c", "while True: pass"]) as hog:
+            time.sleep(0.2)
+            switches = -nr_switches()
+            assert receive(ours.fileno(), ffi.new("uint8_t[]", 1), 1, -1, 500, spin_us=500_000) == -errno.ETIMEDOUT
+            switches += nr_switches()
+            hog.kill()
+    finally:
+        os.sched_setaffinity(0, before)
+    assert switches < 40, "one for each slice of the other's time would be over 100"
+
+
+def nr_switches() -> int:
+    """How often this thread has given its processor to another."""
+    usage = resource.getrusage(resource.RUSAGE_THREAD)
+    return usage.ru_nvcsw + usage.ru_nivcsw
 
 
 def test_send_and_recv_carry_every_byte_once() -> None:
