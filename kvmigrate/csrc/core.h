@@ -15,6 +15,7 @@
 #include <sys/types.h>
 
 #include "api/ioctl.h"
+#include "api/layout.h"
 #include "api/vcpu.h"
 #include "api/uart.h"
 #include "api/memory.h"

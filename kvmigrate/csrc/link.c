@@ -1,5 +1,6 @@
 // Bytes over a socket: sent and received as a whole, or an error that says why not.
 #include <poll.h>
+#include <sched.h>
 #include <sys/socket.h>
 
 #include "internal.h"
@@ -8,25 +9,51 @@
 #define SMALL_BYTES (64 << 10)
 #define LOW_WATER_BYTES (512 << 10)
 
-// Wait until fd is ready for events.
-static int wait_ready(int fd, short events, int abort_fd, int64_t timeout_ms)
+// Whether fd is ready for events before spin_until_ns. To wake a sleeper takes the kernel longer than a frame of the
+// blackout is away; but the one that is to send it may have no other processor than this, so each look gives it up.
+static int spin(struct pollfd *poller, const struct kmig_link *link)
 {
-    struct pollfd poller[2] = {{.fd = fd, .events = events}, {.fd = abort_fd, .events = POLLIN}};
-    uint64_t until = kmig_now_ns() + (uint64_t)timeout_ms * 1000000;
+    int rc = 0;
 
+    while (rc == 0 && kmig_now_ns() < link->spin_until_ns) {
+        rc = poll(poller, 2, 0);
+        if (rc == 0)
+            sched_yield();
+    }
+    return rc;
+}
+
+// poll says POLLERR while the kernel has something to report of sends by reference: whether it says nothing else. Returns
+// how many it told of, which are no reason to end a wait.
+static long take_reports(const struct kmig_link *link, short revents)
+{
+    return revents == POLLERR && link->zerocopy ? kmig_zerocopy_reap(link->zerocopy, link->fd) : 0;
+}
+
+// Wait until the socket is ready for events.
+static int wait_ready(const struct kmig_link *link, short events)
+{
+    struct pollfd poller[2] = {{.fd = link->fd, .events = events}, {.fd = link->abort_fd, .events = POLLIN}};
+    uint64_t until = kmig_now_ns() + (uint64_t)link->timeout_ms * 1000000;
+
+    if (link->until_ns && link->until_ns < until)
+        until = link->until_ns;
     for (;;) {
+        int rc = spin(poller, link);
         uint64_t now = kmig_now_ns();
         uint64_t left = now < until ? until - now : 0;
         struct timespec wait = {(time_t)(left / 1000000000), (long)(left % 1000000000)};
-        int rc = ppoll(poller, 2, &wait, NULL);
+        if (rc == 0)
+            rc = ppoll(poller, 2, &wait, NULL);
         if (rc < 0 && errno != EINTR)
             return -errno;
         if (rc > 0 && poller[1].revents)
             return -ECANCELED;
-        if (rc > 0)
-            return 0;
         if (rc == 0 && !left)
             return -ETIMEDOUT;
+        long nr_reports = rc > 0 ? take_reports(link, poller[0].revents) : 0;
+        if (rc > 0 && nr_reports <= 0)
+            return (int)nr_reports;
     }
 }
 
@@ -69,14 +96,6 @@ static ssize_t send_some(const struct kmig_link *link, struct iovec *iov, size_t
     return sent < 0 ? -errno : sent;
 }
 
-// Wait until fd takes more. What it has to report would be taken for an error that ends the wait.
-static int wait_to_send(const struct kmig_link *link)
-{
-    long rc = link->zerocopy ? kmig_zerocopy_reap(link->zerocopy, link->fd) : 0;
-
-    return rc < 0 ? (int)rc : wait_ready(link->fd, POLLOUT, link->abort_fd, link->timeout_ms);
-}
-
 int kmig_link_send(const struct kmig_link *link, struct iovec *iov, size_t nr_iov, int flags)
 {
     while (nr_iov) {
@@ -84,7 +103,7 @@ int kmig_link_send(const struct kmig_link *link, struct iovec *iov, size_t nr_io
         if (sent >= 0) {
             iov = advance(iov, &nr_iov, (size_t)sent);
         } else if (sent == -EAGAIN) {
-            int rc = wait_to_send(link);
+            int rc = wait_ready(link, POLLOUT);
             if (rc)
                 return rc;
         } else if (sent != -EINTR) {
@@ -119,7 +138,7 @@ static int wait_for_bytes(const struct kmig_link *link, size_t left, size_t *low
     size_t want = left < LOW_WATER_BYTES ? left : LOW_WATER_BYTES;
 
     set_low_water(link->fd, left > SMALL_BYTES ? want : 1, low_water);
-    int rc = wait_ready(link->fd, POLLIN, link->abort_fd, link->timeout_ms);
+    int rc = wait_ready(link, POLLIN);
     if (rc == -ETIMEDOUT && *low_water > 1) {
         struct pollfd poller = {.fd = link->fd, .events = POLLIN};
         set_low_water(link->fd, 1, low_water);
@@ -154,7 +173,7 @@ int kmig_link_recv(const struct kmig_link *link, struct iovec *iov, size_t nr_io
 int kmig_stream_send(int fd, const void *data, uint64_t size_bytes, int abort_fd, int64_t timeout_ms,
                      struct kmig_zerocopy *zerocopy)
 {
-    const struct kmig_link link = {fd, abort_fd, timeout_ms, zerocopy};
+    const struct kmig_link link = {.fd = fd, .abort_fd = abort_fd, .timeout_ms = timeout_ms, .zerocopy = zerocopy};
     struct iovec iov = {(void *)data, size_bytes};
 
     if (kmig_aborted(abort_fd))
@@ -162,9 +181,16 @@ int kmig_stream_send(int fd, const void *data, uint64_t size_bytes, int abort_fd
     return size_bytes ? kmig_link_send(&link, &iov, 1, 0) : 0;
 }
 
-int kmig_stream_recv(int fd, void *data, uint64_t size_bytes, int abort_fd, int64_t timeout_ms)
+int kmig_stream_recv(int fd, void *data, uint64_t size_bytes, int abort_fd, int64_t timeout_ms, uint64_t spin_us,
+                     struct kmig_zerocopy *zerocopy)
 {
-    const struct kmig_link link = {fd, abort_fd, timeout_ms, NULL};
+    uint64_t now = kmig_now_ns();
+    const struct kmig_link link = {.fd = fd,
+                                   .abort_fd = abort_fd,
+                                   .timeout_ms = timeout_ms,
+                                   .until_ns = now + (uint64_t)timeout_ms * 1000000,
+                                   .spin_until_ns = now + spin_us * 1000,
+                                   .zerocopy = zerocopy};
     struct iovec iov = {data, size_bytes};
 
     if (kmig_aborted(abort_fd))

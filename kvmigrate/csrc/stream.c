@@ -116,7 +116,8 @@ static int send_chunk(struct kmig_round *round, const struct kmig_link *link, co
 int kmig_stream_send_some(struct kmig_memory *memory, struct kmig_round *round, int fd, uint32_t *sequence,
                           uint64_t most_pages, uint64_t most_ns)
 {
-    const struct kmig_link link = {fd, round->abort_fd, round->timeout_ms, round->zerocopy};
+    const struct kmig_link link = {
+        .fd = fd, .abort_fd = round->abort_fd, .timeout_ms = round->timeout_ms, .zerocopy = round->zerocopy};
     uint64_t first = round->pages_done, began_ns = kmig_now_ns();
     struct kmig_chunk chunk;
     int rc;
@@ -236,7 +237,10 @@ static int recv_data(struct kmig_memory *memory, struct kmig_incoming *in, const
 
 int kmig_stream_recv_pages(struct kmig_memory *memory, struct kmig_incoming *in, int fd)
 {
-    const struct kmig_link link = {fd, in->abort_fd, in->timeout_ms, NULL};
+    struct kmig_link link = {.fd = fd,
+                             .abort_fd = in->abort_fd,
+                             .timeout_ms = in->timeout_ms,
+                             .spin_until_ns = kmig_now_ns() + (uint64_t)in->spin_us * 1000};
 
     for (;;) {
         if (kmig_aborted(in->abort_fd))
@@ -246,6 +250,7 @@ int kmig_stream_recv_pages(struct kmig_memory *memory, struct kmig_incoming *in,
             return rc;
         if (in->kind != FRAME_PAGES)
             return 1;
+        link.spin_until_ns = 0;
         rc = recv_table(memory, in, &link);
         if (rc)
             return rc;
