@@ -23,19 +23,15 @@ static int spin(struct pollfd *poller, const struct kmig_link *link)
     return rc;
 }
 
-// poll says POLLERR while the kernel has something to report of sends by reference: whether it says nothing else. Returns
-// how many it told of, which are no reason to end a wait.
-static long take_reports(const struct kmig_link *link, short revents)
-{
-    return revents == POLLERR && link->zerocopy ? kmig_zerocopy_reap(link->zerocopy, link->fd) : 0;
-}
-
-// Wait until the socket is ready for events.
+// Wait until the socket is ready for events, or has something to report, which would otherwise end each wait at once.
 static int wait_ready(const struct kmig_link *link, short events)
 {
     struct pollfd poller[2] = {{.fd = link->fd, .events = events}, {.fd = link->abort_fd, .events = POLLIN}};
     uint64_t until = kmig_now_ns() + (uint64_t)link->timeout_ms * 1000000;
+    long reports = link->zerocopy ? kmig_zerocopy_reap(link->zerocopy, link->fd) : 0;
 
+    if (reports < 0)
+        return (int)reports;
     if (link->until_ns && link->until_ns < until)
         until = link->until_ns;
     for (;;) {
@@ -49,11 +45,10 @@ static int wait_ready(const struct kmig_link *link, short events)
             return -errno;
         if (rc > 0 && poller[1].revents)
             return -ECANCELED;
+        if (rc > 0)
+            return 0;
         if (rc == 0 && !left)
             return -ETIMEDOUT;
-        long nr_reports = rc > 0 ? take_reports(link, poller[0].revents) : 0;
-        if (rc > 0 && nr_reports <= 0)
-            return (int)nr_reports;
     }
 }
 
@@ -188,9 +183,9 @@ int kmig_stream_recv(int fd, void *data, uint64_t size_bytes, int abort_fd, int6
     const struct kmig_link link = {.fd = fd,
                                    .abort_fd = abort_fd,
                                    .timeout_ms = timeout_ms,
+                                   .zerocopy = zerocopy,
                                    .until_ns = now + (uint64_t)timeout_ms * 1000000,
-                                   .spin_until_ns = now + spin_us * 1000,
-                                   .zerocopy = zerocopy};
+                                   .spin_until_ns = now + spin_us * 1000};
     struct iovec iov = {data, size_bytes};
 
     if (kmig_aborted(abort_fd))

@@ -9,10 +9,10 @@
 struct kmig_link {
     int fd;                            // blocking or not
     int abort_fd;                      // an eventfd: readable means -ECANCELED; -1 for none
-    int64_t timeout_ms;                // how long the peer may let pass without taking or giving a byte
-    uint64_t until_ns;                 // when all must be there, or 0
-    uint64_t spin_until_ns;            // until when to look again and again instead of to sleep
+    int64_t timeout_ms;                // how long the peer may take or give nothing before -ETIMEDOUT
     struct kmig_zerocopy *zerocopy;    // of fd, or NULL where nothing goes by reference
+    uint64_t until_ns;                 // when all must be there that is to be received, or 0
+    uint64_t spin_until_ns;            // until when to look again and again instead of to sleep
 };
 
 // Send all of the pieces, which are used up. flags: MSG_MORE when more follows at once; MSG_ZEROCOPY to send from where

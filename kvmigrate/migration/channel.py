@@ -291,8 +291,8 @@ class Channel:
             return bytes(taken)
         data = bytearray(size_bytes)
         left_ms = max(int((deadline - time.monotonic()) * 1e3), 0)
-        limits = self.abort.fd, left_ms, spin_us
-        rc = lib.kmig_stream_recv(self.fd, ffi.from_buffer(data), size_bytes, *limits, self._zero_copy)
+        view = ffi.from_buffer(data)
+        rc = lib.kmig_stream_recv(self.fd, view, size_bytes, self.abort.fd, left_ms, spin_us, self._zero_copy)
         if rc == -errno.ECANCELED:
             self.abort.check()
         if rc < 0:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Self
 
-from ..config import PAGE_BYTES, Address, MigrationParameters
+from ..config import PAGE_BYTES, Address
 from ..contract import Migratable, RunState
 from ..errors import BadField, Cancelled, KvmigrateError, StateError
 from ..state.frame import HEADER, FrameKind
@@ -18,20 +18,11 @@ from .blackout import Stopwatch, quiet_interpreter
 from .channel import Channel, expect
 from .checks import CHECK, ONLY, Check, Checked, CheckResult
 from .handover import refuse_ended
-from .joining import CONNECTIONS, dial
+from .joining import dial
 
 MOVABLE = (RunState.RUNNING, RunState.PAUSED, RunState.PRELAUNCH)
 BUILD_MS_PER_GIB = 1000.0
 """What a destination may take, beyond the timeout, to build and touch each GiB of guest memory."""
-
-
-def features(parameters: MigrationParameters) -> Iterator[str]:
-    """Those of a migration's HELLO."""
-    yield CHECK
-    if parameters.compression.may_pack:
-        yield "zstd"
-    if parameters.connections > 1:
-        yield CONNECTIONS
 
 
 def introduce(channel: Channel, hello: wire.Hello) -> None:

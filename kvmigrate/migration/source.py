@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,6 @@ from ..errors import (
     HostError,
     KvmigrateError,
     PeerFailed,
-    PeerTimeout,
     StateError,
     StreamError,
 )
@@ -40,11 +39,13 @@ from .abort import Abort
 from .asking import DECIDED, Resolved, ask_until_decided
 from .blackout import quiet_interpreter
 from .channel import Channel, expect
-from .checker import Sample, ask_check, features, introduce, patience_ms, require_movable
+from .checker import Sample, ask_check, introduce, patience_ms, require_movable
+from .checks import CHECK
 from .handover import (
     ENDED,
     HandedOver,
     Switched,
+    bounded,
     commit,
     measured,
     refuse_ended,
@@ -52,7 +53,7 @@ from .handover import (
     say_done,
     switch_over,
 )
-from .joining import dial, open_further
+from .joining import CONNECTIONS, dial, open_further
 from .journal import Entry, Journal, Record, Role
 from .pages import announce_resident
 from .sink import StreamSink
@@ -116,9 +117,7 @@ class Source:
                 precopy, sink = self._copy(channel)
                 self._machine.warm_up()
                 rehearse()
-                # The bound is for the switch-over; once COMMIT may have been sent it says nothing any more, and to take
-                # it off must wait until the guest runs: it wakes a thread.
-                with quiet_interpreter(), self._bound(channel):
+                with quiet_interpreter(), bounded(channel, self._parameters):
                     switched = self._switch_over(channel, precopy, sink)
                     answer = self._commit(channel, switched)
             return self._conclude(switched, answer)
@@ -155,7 +154,7 @@ class Source:
         require_possible(self._address, self._parameters)
         self._channel = channel = dial(self._address, self._abort, self._parameters.timeout_ms)
         uuid, epoch = self._query.uuid, self._query.epoch
-        introduce(channel, wire.Hello(wire.FORMAT, tuple(features(self._parameters)), uuid, epoch, self._name))
+        introduce(channel, wire.Hello(wire.FORMAT, tuple(self._features()), uuid, epoch, self._name))
         channel.send(FrameKind.CONFIG, self._config)
         self._machine.rehearse()
         # While the destination builds the machine.
@@ -166,6 +165,13 @@ class Source:
         self._result = replace(self._result, check=ask_check(channel, self._machine, sample, announce))
         self._result.require_fit(channel.peer)
         return channel
+
+    def _features(self) -> Iterator[str]:
+        yield CHECK
+        if self._parameters.compression.may_pack:
+            yield "zstd"
+        if self._parameters.connections > 1:
+            yield CONNECTIONS
 
     def _open_sink(self, channel: Channel) -> StreamSink:
         parameters, query = self._parameters, self._query
@@ -215,12 +221,6 @@ class Source:
         self._abort.check()
         self._pausing = True
         return switch_over(self._machine, channel, precopy, sink, autostart=self._autostart)
-
-    def _bound(self, channel: Channel) -> AbstractContextManager[None]:
-        """Ends a switch-over that takes too long, unless COMMIT was sent."""
-        bound_ms = max(self._parameters.timeout_ms, 2 * self._parameters.downtime_limit_ms)
-        late = PeerTimeout(f"{channel.peer} took over {bound_ms / 1e3:g} s to take the paused guest over")
-        return self._abort.deadline(bound_ms, late)
 
     def _commit(self, channel: Channel, switched: Switched) -> HandedOver | wire.Answer | None:
         """From the journal on there is no way back by ourselves. None: no answer that says who owns the guest."""

@@ -12,7 +12,7 @@ int kmig_stream_send(int fd, const void *data, uint64_t size_bytes, int abort_fd
                      struct kmig_zerocopy *zerocopy);
 
 // Receive exactly size_bytes, all of it within timeout_ms; -ECONNRESET when the peer closes before. For spin_us the
-// caller's processor looks again and again before it sleeps. zerocopy as above.
+// caller's processor looks again and again before it sleeps; zerocopy as above.
 int kmig_stream_recv(int fd, void *data, uint64_t size_bytes, int abort_fd, int64_t timeout_ms, uint64_t spin_us,
                      struct kmig_zerocopy *zerocopy);
 
