@@ -6,10 +6,9 @@ target/i386/kvm/kvm.c.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from .._core import lib
 from ..errors import BadField, HostError
+from ..record import dataclass
 from ..state.fidelity import Fidelity
 from ..state.section import Fields, Value
 from . import msr_names as msr

@@ -8,11 +8,11 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 
 from ..config import MAX_CPUS, MAX_MEMORY_BYTES, MIN_MEMORY_BYTES, HostSide, MachineConfig
 from ..errors import BadField, ConfigError, RestoreRefused
 from ..memory.layout import slots_for
+from ..record import dataclass, replace
 from ..state.section import Fields, Value
 from .boot_source import BootSource, read_boot_source
 from .specs import MAX_DEVICES, VirtioSpec, read_specs, specs_for, with_console, with_disks, with_nets, with_new_macs

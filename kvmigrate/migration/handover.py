@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
 
 from ..contract import Migratable, RunState
 from ..errors import BadChecksum, MigrationError
 from ..precopy.ledger import Downtime
 from ..precopy.rounds import PreCopy
+from ..record import dataclass, replace
 from ..state.frame import HEADER, FrameKind, check_payload, decode_header, encode_frame
 from ..state.section import encode, pack
 from . import wire

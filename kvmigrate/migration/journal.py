@@ -20,11 +20,11 @@ import errno
 import json
 import os
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 
 from ..errors import BadField, HostError, StreamError
+from ..record import asdict, dataclass, replace
 from ..state.section import Fields
 
 MAX_JOURNAL_BYTES = 64 << 10

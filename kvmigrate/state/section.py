@@ -7,12 +7,12 @@ str, bytes, lists and maps with str keys, under the kernel's own field names, so
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import msgpack
 
 from ..errors import BadField, BadVersion, StreamError
+from ..record import dataclass
 
 Value = Any
 """What a body may hold: None, bool, int, float, str, bytes, list, dict[str, Value]."""

@@ -1,0 +1,125 @@
+"""The standard library's data classes, for a thirtieth of their start-up time.
+
+``dataclasses`` compiles eight functions for every class while its module is imported, which takes a millisecond on a
+slow machine, and loads ``inspect``: together a quarter of what a restore took until its guest ran. Here the methods are
+common to all classes but ``__init__``, which is compiled when the first object is made. There is as much of it as
+kvmigrate uses. Type checkers see the standard library's own, whose functions work with these classes, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any
+
+
+class _Factory:
+    """A default that is made anew for each object."""
+
+    def __init__(self, make: Callable[[], Any]) -> None:
+        self.make = make
+
+
+def _field(*, default_factory: Callable[[], Any]) -> Any:
+    return _Factory(default_factory)
+
+
+def _dataclass(plain: Any = None, /, *, frozen: bool = False, slots: bool = False) -> Any:
+    if plain is None:
+        return lambda plain: _dataclass(plain, frozen=frozen, slots=slots)
+    body = {name: value for name, value in vars(plain).items() if name not in ("__dict__", "__weakref__")}
+    names = tuple(body["__annotations__"])
+    own = {
+        "_defaults": {name: body.pop(name) for name in names if name in body},
+        "_key": attrgetter(*names),
+        "__slots__": names if slots else (*names, "__dict__", "__weakref__"),
+        "__match_args__": names,
+        "__dataclass_fields__": _Fields(),
+    }
+    return type(plain)(plain.__name__, plain.__bases__, _METHODS | (_FROZEN if frozen else {}) | own | body)
+
+
+def _init(self: Any, /, *args: Any, **values: Any) -> None:
+    """Stands in for the ``__init__`` of a class until the first object is made."""
+    made = type(self)
+    made.__init__ = _compiled_init(made)
+    made.__init__(self, *args, **values)
+
+
+def _compiled_init(made: Any) -> Any:
+    parameters, lines = [], []
+    scope: dict[str, Any] = {"_defaults": made._defaults}
+    for name in made.__match_args__:
+        default = made._defaults.get(name)
+        parameters.append(f"{name}=_defaults[{name!r}]" if name in made._defaults else name)
+        if isinstance(default, _Factory):
+            lines.append(f"if {name} is _defaults[{name!r}]: {name} = {name}.make()")
+        scope[f"_set_{name}"] = getattr(made, name).__set__  # of the slot: a frozen object can be set by no other way
+        lines.append(f"_set_{name}(self, {name})")
+    if hasattr(made, "__post_init__"):
+        lines.append("self.__post_init__()")
+    exec(f"def __init__(self, {', '.join(parameters)}):\n " + "\n ".join(lines or ["pass"]), scope)
+    scope["__init__"].__qualname__ = f"{made.__qualname__}.__init__"
+    return scope["__init__"]
+
+
+def _eq(self: Any, other: Any) -> Any:
+    return self._key(self) == self._key(other) if type(other) is type(self) else NotImplemented
+
+
+def _hash(self: Any) -> int:
+    return hash(self._key(self))
+
+
+def _repr(self: Any) -> str:
+    return f"{type(self).__qualname__}({', '.join(f'{name}={getattr(self, name)!r}' for name in self.__match_args__)})"
+
+
+def _refuse(self: Any, name: str, *_: object) -> None:
+    from dataclasses import FrozenInstanceError
+
+    raise FrozenInstanceError(f"cannot assign to field {name!r} of {type(self).__name__}")
+
+
+def _reduce(self: Any) -> tuple[Any, ...]:
+    return type(self), tuple(_values(self).values())
+
+
+class _Fields:
+    """What makes a class a data class to the standard library's functions: what it would have given it itself."""
+
+    def __get__(self, record: object, made: Any) -> Any:
+        from dataclasses import make_dataclass
+
+        types = [(name, made.__annotations__[name]) for name in made.__match_args__]
+        return vars(make_dataclass(made.__name__, types))["__dataclass_fields__"]
+
+
+_METHODS: dict[str, Any] = {"__init__": _init, "__eq__": _eq, "__hash__": None, "__repr__": _repr}
+_FROZEN: dict[str, Any] = {"__hash__": _hash, "__setattr__": _refuse, "__delattr__": _refuse, "__reduce__": _reduce}
+
+
+def _values(record: Any) -> dict[str, Any]:
+    return {name: getattr(record, name) for name in record.__match_args__}
+
+
+def _replace(record: Any, /, **changes: Any) -> Any:
+    return type(record)(**_values(record) | changes)
+
+
+def _asdict(value: Any) -> Any:
+    """``value``, of which every record is a dictionary; lists, tuples and dictionaries are copied on the way."""
+    if isinstance(value, list | tuple):
+        return type(value)(map(_asdict, value))
+    if isinstance(value, dict):
+        return {key: _asdict(item) for key, item in value.items()}
+    return _asdict(_values(value)) if hasattr(value, "_key") else value
+
+
+if TYPE_CHECKING:
+    from dataclasses import asdict as asdict
+    from dataclasses import dataclass as dataclass
+    from dataclasses import field as field
+    from dataclasses import replace as replace
+else:
+    dataclass, field, replace, asdict = _dataclass, _field, _replace, _asdict
