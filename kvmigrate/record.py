@@ -1,9 +1,9 @@
-"""The standard library's data classes, for a thirtieth of their start-up time.
+"""The standard library's data classes, for a tenth of their start-up time.
 
 ``dataclasses`` compiles eight functions for every class while its module is imported, which takes a millisecond on a
-slow machine, and loads ``inspect``: together a quarter of what a restore took until its guest ran. Here the methods are
-common to all classes but ``__init__``, which is compiled when the first object is made. There is as much of it as
-kvmigrate uses. Type checkers see the standard library's own, whose functions work with these classes, too.
+slow machine, and loads ``inspect``: together a quarter of what a restore took until its guest ran. Here all classes
+have their methods in common but ``__init__``. There is as much of it as kvmigrate uses. Type checkers see the standard
+library's own, whose functions work with these classes, too.
 """
 
 from __future__ import annotations
@@ -29,36 +29,31 @@ def _dataclass(plain: Any = None, /, *, frozen: bool = False, slots: bool = Fals
         return lambda plain: _dataclass(plain, frozen=frozen, slots=slots)
     body = {name: value for name, value in vars(plain).items() if name not in ("__dict__", "__weakref__")}
     names = tuple(body["__annotations__"])
+    defaults = {name: body.pop(name) for name in names if name in body}
     own = {
-        "_defaults": {name: body.pop(name) for name in names if name in body},
-        "_key": attrgetter(*names),
         "__slots__": names if slots else (*names, "__dict__", "__weakref__"),
         "__match_args__": names,
         "__dataclass_fields__": _Fields(),
+        "_key": attrgetter(*names),
     }
-    return type(plain)(plain.__name__, plain.__bases__, _METHODS | (_FROZEN if frozen else {}) | own | body)
+    # Made anew, since slots can be added to no class that exists.
+    made = type(plain)(plain.__name__, plain.__bases__, _METHODS | (_FROZEN if frozen else {}) | own | body)
+    made.__init__ = _init_of(made, defaults)
+    return made
 
 
-def _init(self: Any, /, *args: Any, **values: Any) -> None:
-    """Stands in for the ``__init__`` of a class until the first object is made."""
-    made = type(self)
-    made.__init__ = _compiled_init(made)
-    made.__init__(self, *args, **values)
-
-
-def _compiled_init(made: Any) -> Any:
+def _init_of(made: Any, defaults: dict[str, Any]) -> Any:
     parameters, lines = [], []
-    scope: dict[str, Any] = {"_defaults": made._defaults}
+    scope: dict[str, Any] = {"_defaults": defaults}
     for name in made.__match_args__:
-        default = made._defaults.get(name)
-        parameters.append(f"{name}=_defaults[{name!r}]" if name in made._defaults else name)
-        if isinstance(default, _Factory):
+        parameters.append(f"{name}=_defaults[{name!r}]" if name in defaults else name)
+        if isinstance(defaults.get(name), _Factory):
             lines.append(f"if {name} is _defaults[{name!r}]: {name} = {name}.make()")
-        scope[f"_set_{name}"] = getattr(made, name).__set__  # of the slot: a frozen object can be set by no other way
+        scope[f"_set_{name}"] = getattr(made, name).__set__  # the slot's own: all else of a frozen object refuses
         lines.append(f"_set_{name}(self, {name})")
     if hasattr(made, "__post_init__"):
         lines.append("self.__post_init__()")
-    exec(f"def __init__(self, {', '.join(parameters)}):\n " + "\n ".join(lines or ["pass"]), scope)
+    exec(f"def __init__(self, {', '.join(parameters)}):\n " + "\n ".join(lines), scope)
     scope["__init__"].__qualname__ = f"{made.__qualname__}.__init__"
     return scope["__init__"]
 
@@ -72,7 +67,7 @@ def _hash(self: Any) -> int:
 
 
 def _repr(self: Any) -> str:
-    return f"{type(self).__qualname__}({', '.join(f'{name}={getattr(self, name)!r}' for name in self.__match_args__)})"
+    return f"{type(self).__qualname__}({', '.join(f'{name}={value!r}' for name, value in _values(self).items())})"
 
 
 def _refuse(self: Any, name: str, *_: object) -> None:
@@ -95,7 +90,7 @@ class _Fields:
         return vars(make_dataclass(made.__name__, types))["__dataclass_fields__"]
 
 
-_METHODS: dict[str, Any] = {"__init__": _init, "__eq__": _eq, "__hash__": None, "__repr__": _repr}
+_METHODS: dict[str, Any] = {"__eq__": _eq, "__hash__": None, "__repr__": _repr}
 _FROZEN: dict[str, Any] = {"__hash__": _hash, "__setattr__": _refuse, "__delattr__": _refuse, "__reduce__": _reduce}
 
 
@@ -113,7 +108,7 @@ def _asdict(value: Any) -> Any:
         return type(value)(map(_asdict, value))
     if isinstance(value, dict):
         return {key: _asdict(item) for key, item in value.items()}
-    return _asdict(_values(value)) if hasattr(value, "_key") else value
+    return _asdict(_values(value)) if isinstance(vars(type(value)).get("__dataclass_fields__"), _Fields) else value
 
 
 if TYPE_CHECKING:
