@@ -15,12 +15,13 @@ from .verbs import VERBS
 def run(words: list[str]) -> int:
     """Do what ``words`` say. Raises what a verb raises, and Typer's own errors for what is no command line."""
     try:
-        return _app()(words, prog_name="kvmigrate", standalone_mode=False) or 0
+        return application()(words, prog_name="kvmigrate", standalone_mode=False) or 0
     except typer.Abort:
         raise KeyboardInterrupt from None
 
 
-def _app() -> typer.Typer:
+def application() -> typer.Typer:
+    """The verbs, and what is beside them, as Typer takes them."""
     app = typer.Typer(
         name="kvmigrate",
         help="Run a guest on KVM, and migrate, snapshot and restore it while it runs.",
