@@ -28,7 +28,7 @@ def _dataclass(plain: Any = None, /, *, frozen: bool = False, slots: bool = Fals
     if plain is None:
         return lambda plain: _dataclass(plain, frozen=frozen, slots=slots)
     body = {name: value for name, value in vars(plain).items() if name not in ("__dict__", "__weakref__")}
-    names = tuple(body["__annotations__"])
+    names = tuple(plain.__annotations__)
     defaults = {name: body.pop(name) for name in names if name in body}
     own = {
         "__slots__": names if slots else (*names, "__dict__", "__weakref__"),
@@ -70,10 +70,13 @@ def _repr(self: Any) -> str:
     return f"{type(self).__qualname__}({', '.join(f'{name}={value!r}' for name, value in _values(self).items())})"
 
 
-def _refuse(self: Any, name: str, *_: object) -> None:
-    from dataclasses import FrozenInstanceError
+def _refuse_to(change: str) -> Callable[..., None]:
+    def refuse(self: object, name: str, *_: object) -> None:
+        from dataclasses import FrozenInstanceError
 
-    raise FrozenInstanceError(f"cannot assign to field {name!r} of {type(self).__name__}")
+        raise FrozenInstanceError(f"cannot {change} field {name!r}")
+
+    return refuse
 
 
 def _reduce(self: Any) -> tuple[Any, ...]:
@@ -91,7 +94,12 @@ class _Fields:
 
 
 _METHODS: dict[str, Any] = {"__eq__": _eq, "__hash__": None, "__repr__": _repr}
-_FROZEN: dict[str, Any] = {"__hash__": _hash, "__setattr__": _refuse, "__delattr__": _refuse, "__reduce__": _reduce}
+_FROZEN: dict[str, Any] = {
+    "__hash__": _hash,
+    "__setattr__": _refuse_to("assign to"),
+    "__delattr__": _refuse_to("delete"),
+    "__reduce__": _reduce,
+}
 
 
 def _values(record: Any) -> dict[str, Any]:

@@ -91,9 +91,7 @@ def send(
     max_rounds: Annotated[int, Option(help="Give up after so many rounds.")] = _DEFAULTS.max_rounds,
     timeout: Annotated[str, Option(help="How long the other side may be silent.")] = "10s",
     compress: Annotated[str, Option(help="auto, none, zstd or zstd:LEVEL.")] = "none",
-    delta_cache: Annotated[
-        str, Option(help="Room for pages as last sent, to send what changed; 0: none.")
-    ] = "32M",
+    delta_cache: Annotated[str, Option(help="Room for pages as last sent, to send what changed; 0: none.")] = "32M",
     connections: Annotated[
         int | None, Option(help="Send pages over so many; if not given, one for every two processors, up to 4.")
     ] = None,
@@ -191,9 +189,7 @@ def resume(name: Name) -> int:
 
 def console_(
     name: Name,
-    escape: Annotated[
-        str, Option(help="Key that detaches: Ctrl-A to Ctrl-_, or none.", metavar="KEY")
-    ] = "Ctrl-]",
+    escape: Annotated[str, Option(help="Key that detaches: Ctrl-A to Ctrl-_, or none.", metavar="KEY")] = "Ctrl-]",
 ) -> int:
     """Attach this terminal to the serial port of NAME. Input from a pipe goes through, and its end detaches.
 
