@@ -1,6 +1,7 @@
 // PAGES frames over a socket. The layout of a frame is specified in state/frame.py.
 #include <limits.h>
 #include <poll.h>
+#include <sched.h>
 #include <string.h>
 #include <sys/socket.h>
 #include <sys/uio.h>
@@ -57,17 +58,43 @@ static uint32_t header_checksum(const struct frame_header *header)
     return (uint32_t)kmig_hash(header, offsetof(struct frame_header, header_checksum));
 }
 
-// Wait until fd is ready for events.
-static int wait_ready(int fd, short events, int abort_fd, int64_t timeout_ms)
-{
-    struct pollfd poller[2] = {{.fd = fd, .events = events}, {.fd = abort_fd, .events = POLLIN}};
-    uint64_t until = kmig_now_ns() + (uint64_t)timeout_ms * 1000000;
+struct link {
+    int fd;
+    int abort_fd;
+    int64_t timeout_ms;     // how long the peer may let pass without taking or giving a byte
+    uint64_t until_ns;      // when all must be there, or 0
+    uint64_t spin_until_ns; // until when to look again and again instead of to sleep
+};
 
+// Whether fd is ready for events before spin_until_ns. To wake a sleeper takes the kernel longer than a frame of the
+// blackout is away; but the one that is to send it may have no other processor than this, so each look gives it up.
+static int spin(struct pollfd *poller, const struct link *link)
+{
+    int rc = 0;
+
+    while (rc == 0 && kmig_now_ns() < link->spin_until_ns) {
+        rc = poll(poller, 2, 0);
+        if (rc == 0)
+            sched_yield();
+    }
+    return rc;
+}
+
+// Wait until the socket is ready for events.
+static int wait_ready(const struct link *link, short events)
+{
+    struct pollfd poller[2] = {{.fd = link->fd, .events = events}, {.fd = link->abort_fd, .events = POLLIN}};
+    uint64_t until = kmig_now_ns() + (uint64_t)link->timeout_ms * 1000000;
+
+    if (link->until_ns && link->until_ns < until)
+        until = link->until_ns;
     for (;;) {
+        int rc = spin(poller, link);
         uint64_t now = kmig_now_ns();
         uint64_t left = now < until ? until - now : 0;
         struct timespec wait = {(time_t)(left / 1000000000), (long)(left % 1000000000)};
-        int rc = ppoll(poller, 2, &wait, NULL);
+        if (rc == 0)
+            rc = ppoll(poller, 2, &wait, NULL);
         if (rc < 0 && errno != EINTR)
             return -errno;
         if (rc > 0 && poller[1].revents)
@@ -94,12 +121,6 @@ static struct iovec *advance(struct iovec *iov, size_t *nr_iov, size_t moved)
     return iov;
 }
 
-struct link {
-    int fd;
-    int abort_fd;
-    int64_t timeout_ms;
-};
-
 static int send_all(const struct link *link, struct iovec *iov, size_t nr_iov)
 {
     while (nr_iov) {
@@ -108,7 +129,7 @@ static int send_all(const struct link *link, struct iovec *iov, size_t nr_iov)
         if (sent >= 0) {
             iov = advance(iov, &nr_iov, (size_t)sent);
         } else if (errno == EAGAIN) {
-            int rc = wait_ready(link->fd, POLLOUT, link->abort_fd, link->timeout_ms);
+            int rc = wait_ready(link, POLLOUT);
             if (rc)
                 return rc;
         } else if (errno != EINTR) {
@@ -143,7 +164,7 @@ static int wait_for_bytes(const struct link *link, size_t left, size_t *low_wate
     size_t want = left < LOW_WATER_BYTES ? left : LOW_WATER_BYTES;
 
     set_low_water(link->fd, left > SMALL_BYTES ? want : 1, low_water);
-    int rc = wait_ready(link->fd, POLLIN, link->abort_fd, link->timeout_ms);
+    int rc = wait_ready(link, POLLIN);
     if (rc == -ETIMEDOUT && *low_water > 1) {
         struct pollfd poller = {.fd = link->fd, .events = POLLIN};
         set_low_water(link->fd, 1, low_water);
@@ -177,7 +198,7 @@ static int recv_all(const struct link *link, struct iovec *iov, size_t nr_iov)
 
 int kmig_stream_send(int fd, const void *data, uint64_t size_bytes, int abort_fd, int64_t timeout_ms)
 {
-    const struct link link = {fd, abort_fd, timeout_ms};
+    const struct link link = {.fd = fd, .abort_fd = abort_fd, .timeout_ms = timeout_ms};
     struct iovec iov = {(void *)data, size_bytes};
 
     if (kmig_aborted(abort_fd))
@@ -185,9 +206,14 @@ int kmig_stream_send(int fd, const void *data, uint64_t size_bytes, int abort_fd
     return size_bytes ? send_all(&link, &iov, 1) : 0;
 }
 
-int kmig_stream_recv(int fd, void *data, uint64_t size_bytes, int abort_fd, int64_t timeout_ms)
+int kmig_stream_recv(int fd, void *data, uint64_t size_bytes, int abort_fd, int64_t timeout_ms, uint64_t spin_us)
 {
-    const struct link link = {fd, abort_fd, timeout_ms};
+    uint64_t now = kmig_now_ns();
+    const struct link link = {.fd = fd,
+                              .abort_fd = abort_fd,
+                              .timeout_ms = timeout_ms,
+                              .until_ns = now + (uint64_t)timeout_ms * 1000000,
+                              .spin_until_ns = now + spin_us * 1000};
     struct iovec iov = {data, size_bytes};
 
     if (kmig_aborted(abort_fd))
@@ -247,7 +273,7 @@ static int send_chunk(struct kmig_round *round, const struct link *link, const s
 int kmig_stream_send_some(struct kmig_memory *memory, struct kmig_round *round, int fd, uint32_t *sequence,
                           uint64_t most_pages, uint64_t most_ns)
 {
-    const struct link link = {fd, round->abort_fd, round->timeout_ms};
+    const struct link link = {.fd = fd, .abort_fd = round->abort_fd, .timeout_ms = round->timeout_ms};
     uint64_t first = round->pages_done, began_ns = kmig_now_ns();
     struct kmig_chunk chunk;
     int rc;
@@ -367,7 +393,10 @@ static int recv_data(struct kmig_memory *memory, struct kmig_incoming *in, const
 
 int kmig_stream_recv_pages(struct kmig_memory *memory, struct kmig_incoming *in, int fd)
 {
-    const struct link link = {fd, in->abort_fd, in->timeout_ms};
+    struct link link = {.fd = fd,
+                        .abort_fd = in->abort_fd,
+                        .timeout_ms = in->timeout_ms,
+                        .spin_until_ns = kmig_now_ns() + (uint64_t)in->spin_us * 1000};
 
     for (;;) {
         if (kmig_aborted(in->abort_fd))
@@ -377,6 +406,7 @@ int kmig_stream_recv_pages(struct kmig_memory *memory, struct kmig_incoming *in,
             return rc;
         if (in->kind != FRAME_PAGES)
             return 1;
+        link.spin_until_ns = 0;
         rc = recv_table(memory, in, &link);
         if (rc)
             return rc;

@@ -32,7 +32,7 @@ from .wire import Failed
 
 DRAIN_MS = 500.0
 """How long a side that failed goes on reading what is on its way, so that its last word is not lost to a reset."""
-SPIN_MS = 5.0
+SPIN_US = 5000
 _KIB = 1 << 10
 MAX_BYTES: Mapping[int, int] = {
     FrameKind.HELLO: 4 * _KIB,
@@ -96,7 +96,6 @@ class Channel:
         """A send failed, maybe inside a frame: nothing more can be said to the peer."""
         self._sent: Any = ffi.new("uint32_t *")
         self._ahead = memoryview(b"")
-        self._spin_until = 0.0
         self._incoming: Any = ffi.new("struct kmig_incoming *")
 
     @property
@@ -141,23 +140,23 @@ class Channel:
 
     def recv(self, timeout_ms: float | None = None, *, spin: bool = False) -> Frame:
         """The next control frame; optional frames of an unknown kind are skipped. A PAGES frame is returned with its
-        payload unread, for the caller to refuse. ``spin`` is for the blackout: look again and again for ``SPIN_MS``
+        payload unread, for the caller to refuse. ``spin`` is for the blackout: look again and again for ``SPIN_US``
         before sleeping, since waking up costs more than the frame is away."""
-        self._spin_until = time.monotonic() + SPIN_MS / 1e3 if spin else 0.0
         deadline = self._deadline(timeout_ms)
         while True:
-            header = decode_header(self._recv_exact(HEADER.size, deadline))
+            header = decode_header(self._recv_exact(HEADER.size, deadline, SPIN_US if spin else 0))
             self._count(header)
             frame = self._recv_body(header, deadline)
             if frame is not None:
                 return frame
 
-    def recv_pages(self, memory: GuestMemory) -> Frame:
+    def recv_pages(self, memory: GuestMemory, *, spin: bool = False) -> Frame:
         """Write pages into ``memory`` until a frame of another kind comes, and return that; a compressed PAGES frame
-        comes back with its table checked (in :attr:`incoming`) and its data unread."""
+        comes back with its table checked (in :attr:`incoming`) and its data unread. ``spin`` as in :meth:`recv`."""
         incoming = self._incoming
         incoming.abort_fd = self.abort.fd
         incoming.timeout_ms = int(self.timeout_ms)
+        incoming.spin_us = SPIN_US if spin else 0
         while True:
             self._check_incoming(lib.kmig_stream_recv_pages(memory.handle, incoming, self.fd))
             if incoming.kind == FrameKind.PAGES:
@@ -170,7 +169,7 @@ class Channel:
 
     def read_ahead(self, size_bytes: int) -> None:
         """Read the next ``size_bytes``, whose size the caller has checked, in one piece; frames come out of it then."""
-        self._ahead = memoryview(self.recv_bytes(size_bytes))
+        self._ahead = memoryview(self._recv_exact(size_bytes, self._deadline(None), SPIN_US))
 
     def end_of_read_ahead(self) -> None:
         """Raise :class:`BadField` unless the frames so far were exactly what was read ahead."""
@@ -267,33 +266,20 @@ class Channel:
             raise StreamError(f"{what} (near frame {self._incoming.sequence} of the stream from {self.peer})")
         self.check(rc)
 
-    def _recv_exact(self, size_bytes: int, deadline: float) -> bytes:
+    def _recv_exact(self, size_bytes: int, deadline: float, spin_us: int = 0) -> bytes:
         if self._ahead:
             taken, self._ahead = self._ahead[:size_bytes], self._ahead[size_bytes:]
             if len(taken) < size_bytes:
                 raise BadField("the sections take more bytes than were announced for them")
             return bytes(taken)
         data = bytearray(size_bytes)
-        view, got = memoryview(data), 0
-        while got < size_bytes:
+        left_ms = max(int((deadline - time.monotonic()) * 1e3), 0)
+        rc = lib.kmig_stream_recv(self.fd, ffi.from_buffer(data), size_bytes, self.abort.fd, left_ms, spin_us)
+        if rc == -errno.ECANCELED:
             self.abort.check()
-            try:
-                nr_bytes = self._sock.recv_into(view[got:], 0, socket.MSG_DONTWAIT)
-            except BlockingIOError:
-                if time.monotonic() >= self._spin_until:
-                    self._wait_readable(deadline)
-                continue
-            except OSError as error:
-                raise _channel_error(-(error.errno or errno.EIO), self.peer, self.timeout_ms) from error
-            if not nr_bytes:
-                raise _channel_error(-errno.ECONNRESET, self.peer, self.timeout_ms)
-            got += nr_bytes
+        if rc < 0:
+            raise _channel_error(rc, self.peer, self.timeout_ms)
         return bytes(data)
-
-    def _wait_readable(self, deadline: float) -> None:
-        left_ms = (deadline - time.monotonic()) * 1e3
-        if not _poll([(self.fd, select.POLLIN), (self.abort.fd, select.POLLIN)], left_ms):
-            raise _channel_error(-errno.ETIMEDOUT, self.peer, self.timeout_ms)
 
 
 def unexpected(frame: Frame, state: str) -> UnexpectedFrame:

@@ -65,6 +65,7 @@ class Incoming:
         self._sections: list[Section] = []
         self._sections_due = 0
         self._load_ms = 0.0
+        self._spin = False
         self._autostart = True
         self.may_start = True
         self.state = State.GREETED
@@ -86,6 +87,8 @@ class Incoming:
         if step is None:
             raise unexpected(frame, self.state.value)
         self.state = step(self, frame)
+        # The answer to what was said now is not far, and the guest may stand still meanwhile; pages come in their time.
+        self._spin = frame.kind != FrameKind.PAGES
         return self.state
 
     def end_blackout(self) -> None:
@@ -127,8 +130,8 @@ class Incoming:
 
     def _next(self) -> Frame:
         if self.state in (State.RECEIVING, State.LOADED):
-            return self._channel.recv_pages(self._built().memory)
-        return self._channel.recv(spin=self.state is State.READY)
+            return self._channel.recv_pages(self._built().memory, spin=self._spin)
+        return self._channel.recv(spin=self._spin)
 
     def _built(self) -> Migratable:
         assert self.machine is not None, "no state after GREETED is reached without a machine"

@@ -22,8 +22,11 @@ from kvmigrate.state.frame import HEADER, decode_header
 from .tools import (
     Draining,
     Run,
+    contents,
     decode_stream,
+    end_frame,
     fill,
+    new_incoming,
     new_round,
     pages_of,
     send_round,
@@ -152,12 +155,13 @@ def read_all(pair: tuple[socket.socket, socket.socket]) -> bytes:
 def test_send_and_recv_keep_to_their_timeout_and_abort(receive: bool) -> None:
     data = ffi.new("uint8_t[]", 8 << 20)
     transfer: Callable[..., int] = lib.kmig_stream_recv if receive else lib.kmig_stream_send
+    spin_us = [20_000] if receive else []
     ours, theirs = socket.socketpair()
     abort_fd = os.eventfd(0)
     with ours, theirs:
-        assert transfer(ours.fileno(), data, len(data), abort_fd, 50) == -errno.ETIMEDOUT
+        assert transfer(ours.fileno(), data, len(data), abort_fd, 50, *spin_us) == -errno.ETIMEDOUT
         os.eventfd_write(abort_fd, 1)
-        assert transfer(ours.fileno(), data, len(data), abort_fd, 50) == -errno.ECANCELED
+        assert transfer(ours.fileno(), data, len(data), abort_fd, 50, *spin_us) == -errno.ECANCELED
     os.close(abort_fd)
 
 
@@ -170,30 +174,43 @@ def test_send_and_recv_carry_every_byte_once() -> None:
         )
         thread.start()
         buffer = ffi.new("uint8_t[]", len(data))
-        assert lib.kmig_stream_recv(ours_theirs[1].fileno(), buffer, len(data), -1, 5000) == 0
+        assert lib.kmig_stream_recv(ours_theirs[1].fileno(), buffer, len(data), -1, 5000, 0) == 0
         thread.join()
     assert sent == [0] and bytes(ffi.buffer(buffer)) == data
 
 
-def test_a_peer_that_trickles_is_no_timeout_for_the_receiver() -> None:
+def trickle(sock: socket.socket, data: bytes) -> None:
+    for at in range(0, len(data), 30_000):
+        sock.sendall(data[at : at + 30_000])
+        time.sleep(0.06)
+
+
+def test_a_peer_that_trickles_is_no_timeout_for_the_receiver_of_pages(source: GuestMemory) -> None:
     """The receiver sleeps until a good part has come; what comes in small bits must count as progress all the same."""
-    data = os.urandom(300_000)
+    fill(source, range(80))
+    stream = send_round(source, first=True)[0] + end_frame(1)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         ours, theirs = socket.create_connection(listener.getsockname()), listener.accept()[0]
-
-    def trickle() -> None:
-        for at in range(0, len(data), 30_000):
-            ours.sendall(data[at : at + 30_000])
-            time.sleep(0.06)
-
-    with ours, theirs:
-        thread = threading.Thread(target=trickle)
+    with ours, theirs, GuestMemory(NR_PAGES * PAGE_BYTES) as target:
+        thread = threading.Thread(target=trickle, args=(ours, stream))
         thread.start()
-        buffer = ffi.new("uint8_t[]", len(data))
-        rc = lib.kmig_stream_recv(theirs.fileno(), buffer, len(data), -1, 200)
+        rc = lib.kmig_stream_recv_pages(target.handle, new_incoming(timeout_ms=200), theirs.fileno())
         thread.join()
-        assert rc == 0 and bytes(ffi.buffer(buffer)) == data
+        assert rc == 1 and contents(target) == contents(source)
         assert theirs.getsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT) == 1
+
+
+def test_a_peer_that_trickles_does_not_hold_the_receiver_of_a_control_frame_for_ever() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        thread = threading.Thread(target=trickle, args=(ours, bytes(150_000)))
+        thread.start()
+        buffer = ffi.new("uint8_t[]", 300_000)
+        began = time.monotonic()
+        rc = lib.kmig_stream_recv(theirs.fileno(), buffer, len(buffer), -1, 100, 0)
+        took_s = time.monotonic() - began
+        thread.join()
+        assert rc == -errno.ETIMEDOUT and took_s < 0.25
 
 
 def capped_rate(source: GuestMemory, bandwidth: int) -> float:

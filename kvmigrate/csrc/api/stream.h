@@ -9,12 +9,13 @@ int kmig_stream_send_some(struct kmig_memory *memory, struct kmig_round *round, 
 // Send exactly size_bytes; returns 0, -ETIMEDOUT, -ECANCELED, -EPIPE …. abort_fd and timeout as in struct kmig_round.
 int kmig_stream_send(int fd, const void *data, uint64_t size_bytes, int abort_fd, int64_t timeout_ms);
 
-// Receive exactly size_bytes; -ECONNRESET when the peer closes before.
-int kmig_stream_recv(int fd, void *data, uint64_t size_bytes, int abort_fd, int64_t timeout_ms);
+// Receive exactly size_bytes, all of it within timeout_ms; -ECONNRESET when the peer closes before. For spin_us the
+// caller's processor looks again and again before it sleeps.
+int kmig_stream_recv(int fd, void *data, uint64_t size_bytes, int abort_fd, int64_t timeout_ms, uint64_t spin_us);
 
 struct kmig_incoming {
     int abort_fd;
-    int reserved;
+    uint32_t spin_us;          // for the first frame, as kmig_stream_recv has it
     int64_t timeout_ms;
     uint32_t sequence;         // of the next frame
     uint32_t kind;             // of the frame whose header came last
