@@ -9,10 +9,10 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..record import dataclass, field
 from .verify_frames import CONFIG, END, HELLO, MANDATORY, MEMORY_INDEX, NAMES, SECTION, Bytes, Frame, payload, walk
 from .verify_memory import Index, Slot, check_frames, check_raw
 

@@ -8,11 +8,10 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import xxhash
-
-from ..record import dataclass
 
 HEADER_BYTES = 32
 MAX_PAYLOAD_BYTES = 16 << 20

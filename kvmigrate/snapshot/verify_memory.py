@@ -7,13 +7,13 @@ import struct
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
 import xxhash
 import zstandard
 
-from ..record import dataclass, field
 from .verify_frames import PAGES, Bytes, Frame, Tell, walk
 
 PAGE = 4096
