@@ -43,19 +43,21 @@ def _dataclass(plain: Any = None, /, *, frozen: bool = False, slots: bool = Fals
 
 
 def _init_of(made: Any, defaults: dict[str, Any]) -> Any:
-    parameters, lines = [], []
-    scope: dict[str, Any] = {"_defaults": defaults}
-    for name in made.__match_args__:
-        parameters.append(f"{name}=_defaults[{name!r}]" if name in defaults else name)
+    names = made.__match_args__
+    # By the slots' own setters: all else of a frozen object refuses.
+    scope = {f"_set_{name}": getattr(made, name).__set__ for name in names} | {"_Factory": _Factory}
+    lines = []
+    for name in names:
         if isinstance(defaults.get(name), _Factory):
-            lines.append(f"if {name} is _defaults[{name!r}]: {name} = {name}.make()")
-        scope[f"_set_{name}"] = getattr(made, name).__set__  # the slot's own: all else of a frozen object refuses
+            lines.append(f"if type({name}) is _Factory: {name} = {name}.make()")
         lines.append(f"_set_{name}(self, {name})")
     if hasattr(made, "__post_init__"):
         lines.append("self.__post_init__()")
-    exec(f"def __init__(self, {', '.join(parameters)}):\n " + "\n ".join(lines), scope)
-    scope["__init__"].__qualname__ = f"{made.__qualname__}.__init__"
-    return scope["__init__"]
+    exec(f"def __init__(self, {', '.join(names)}):\n " + "\n ".join(lines), scope)
+    init: Any = scope["__init__"]
+    init.__defaults__ = tuple(defaults.values())
+    init.__qualname__ = f"{made.__qualname__}.__init__"
+    return init
 
 
 def _eq(self: Any, other: Any) -> Any:
