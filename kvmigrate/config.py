@@ -309,6 +309,8 @@ class MigrationParameters:
     """Room for pages as they were last sent, to send what changed in them; 0 for none. Only with compression."""
     connections: int = field(default_factory=default_connections)
     """Over how many the pages of a round are spread."""
+    zero_copy: bool = False
+    """Whether uncompressed pages are to leave from where they lie, without a copy in between."""
 
     def __post_init__(self) -> None:
         if not 0 < self.downtime_limit_ms <= 2_000_000:

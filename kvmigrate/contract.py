@@ -55,6 +55,11 @@ class Migratable(Protocol):
         process has not done it before: the first time takes twice as long as the second. The guest may run."""
         ...
 
+    def warm_up(self) -> None:
+        """Do so once more, whenever it is called, right before it is to be done in earnest: what was done a moment ago
+        is still in the processor's caches. About a millisecond. The guest may run."""
+        ...
+
     def pause(self, reason: RunState) -> None:
         """Stop every vCPU, with no half-done I/O left in the kernel, and enter ``reason``. Idempotent."""
         ...

@@ -42,6 +42,8 @@ def job(value: Mapping[str, Any], *, verbose: bool) -> None:
         downtime(result["downtime-parts"])
     if verbose and result.get("fidelity"):
         fidelity(result["fidelity"])
+    if "zero-copy" in result:
+        print(zero_copy(result["zero-copy"]))
     print(summary(value))
 
 
@@ -115,6 +117,18 @@ def check(value: Mapping[str, Any], *, verbose: bool) -> None:
     word = "can go on" if result["fits"] else f"cannot go on: {refused} item{'s' * (refused != 1)} would be lost"
     pause = show.duration(result["pause-time"])
     print(f"at {target} this guest {word} (tried in {show.duration(result['total-time'])}, it was held up for {pause})")
+
+
+def zero_copy(counts: Mapping[str, int]) -> str:
+    """What became of the sends by reference that were asked for."""
+    sends, copied, refused = counts["sends"], counts["copied"], counts["refused"]
+    told = [f"{sends:,} sends without a copy"]
+    if copied:
+        told = [f"copied by the kernel anyway: {copied:,} of {sends:,} sends"]
+        told[0] += " (nothing is gained by it on this link)" if copied == sends else ""
+    if refused:
+        told.append(f"{refused:,} went as a copy, since too many were under way or no more memory may be locked")
+    return f"zero-copy: {'; '.join(told)}"
 
 
 def summary(value: Mapping[str, Any]) -> str:

@@ -38,6 +38,7 @@ def send(
     delta_cache: str,
     connections: int | None,
     *,
+    zerocopy: bool,
     as_json: bool,
     verbose: bool,
 ) -> int:
@@ -51,10 +52,12 @@ def send(
         timeout_ms=parse_duration_ms(timeout),
         delta_cache_bytes=parse_size(delta_cache),
         connections=default_connections() if connections is None else connections,
+        zero_copy=zerocopy,
     )
     with Client.of(name) as vm:
-        enable = [{"capability": "events", "state": True}]
-        vm.execute("migrate-set-capabilities", {"capabilities": enable})
+        wanted = {"events": True, "zero-copy-send": parameters.zero_copy}
+        switch = [{"capability": name, "state": state} for name, state in wanted.items()]
+        vm.execute("migrate-set-capabilities", {"capabilities": switch})
         vm.execute("migrate-set-parameters", _parameters(parameters))
         job = _watch(vm, f"sending {name}", "migrate", {"uri": str(target)})
     return _conclude(job, MigrationError, as_json=as_json, verbose=verbose)

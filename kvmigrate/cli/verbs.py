@@ -95,6 +95,9 @@ def send(
     connections: Annotated[
         int | None, Option(help="Send pages over so many; if not given, one for every two processors, up to 4.")
     ] = None,
+    zerocopy: Annotated[
+        bool, Option("--zerocopy", help="Send uncompressed pages without a copy; for network cards, over TCP.")
+    ] = False,
     json: Json = False,
     verbose: Verbose = False,
 ) -> int:
@@ -102,7 +105,7 @@ def send(
     from . import transfer
 
     limits = downtime_limit, bandwidth, max_rounds, timeout, compress, delta_cache, connections
-    return transfer.send(name, address, *limits, as_json=json, verbose=verbose)
+    return transfer.send(name, address, *limits, zerocopy=zerocopy, as_json=json, verbose=verbose)
 
 
 def check(

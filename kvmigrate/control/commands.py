@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from ..config import Address, Compression, MigrationParameters, SnapshotParameters
 from ..contract import RunState
 from ..errors import ConfigError
+from ..record import replace
 from . import parameters as params
 from .qmp import COMPATIBLE_QEMU, QmpError
 from .schema import LIVE, Argument, Command, Kind
@@ -161,12 +162,18 @@ async def _query_parameters(vm: Vm, _: Arguments) -> object:
 
 
 async def _set_capabilities(vm: Vm, arguments: Arguments) -> object:
-    vm.events_on = params.events_wanted(vm.events_on, arguments["capabilities"])
+    on = params.switched(_switched_on(vm), arguments["capabilities"])
+    vm.events_on = "events" in on
+    vm.parameters = replace(vm.parameters, zero_copy="zero-copy-send" in on)
     return {}
 
 
 async def _query_capabilities(vm: Vm, _: Arguments) -> object:
-    return params.capabilities_to_qmp(vm.events_on)
+    return params.capabilities_to_qmp(_switched_on(vm))
+
+
+def _switched_on(vm: Vm) -> set[str]:
+    return {name for name, on in (("events", vm.events_on), ("zero-copy-send", vm.parameters.zero_copy)) if on}
 
 
 async def _snapshot(vm: Vm, arguments: Arguments) -> object:
@@ -244,7 +251,8 @@ _ROWS: tuple[Command[Vm], ...] = (
     Command("query-migrate", _query_migrate, "its status and figures; with no fields before the first"),
     Command("migrate-set-parameters", _set_parameters, "change some of them", params.PARAMETERS, with_job=False),
     Command("query-migrate-parameters", _query_parameters, "all of them"),
-    Command("migrate-set-capabilities", _set_capabilities, "switch `events` on or off", (_CAPABILITIES,)),
+    Command("migrate-set-capabilities", _set_capabilities, "switch `events` or `zero-copy-send` on or off",
+            (_CAPABILITIES,)),
     Command("query-migrate-capabilities", _query_capabilities, "all of QEMU 7.2's, and whether each is on"),
     Command("x-kvmigrate-snapshot", _snapshot, "start a snapshot", _SNAPSHOT, LIVE, with_job=False),
     Command("x-kvmigrate-check", _check, "have a destination try the guest's state, which stays here", (_MIGRATE[0],),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 from ..config import MAX_CONNECTIONS, Address, Compression, MigrationParameters
@@ -24,11 +24,11 @@ PARAMETERS = (
 
 ALWAYS_ON = frozenset({"return-path", "validate-uuid", "multifd"})
 """Capabilities of QEMU that kvmigrate's own protocol always has."""
-SWITCHABLE = frozenset({"events"})
+SWITCHABLE = frozenset({"events", "zero-copy-send"})
 ABSENT = (
     "xbzrle", "rdma-pin-all", "auto-converge", "zero-blocks", "compress", "postcopy-ram", "x-colo", "release-ram",
     "block", "pause-before-switchover", "dirty-bitmaps", "postcopy-blocktime", "late-block-activate",
-    "x-ignore-shared", "background-snapshot", "zero-copy-send", "postcopy-preempt",
+    "x-ignore-shared", "background-snapshot", "postcopy-preempt",
 )  # fmt: skip
 """QEMU 7.2's capabilities that kvmigrate has not: they can be named and switched off, as they are."""
 
@@ -79,14 +79,14 @@ def to_qmp(parameters: MigrationParameters) -> dict[str, object]:
     }
 
 
-def capabilities_to_qmp(events: bool) -> list[dict[str, object]]:
-    """The answer to ``query-migrate-capabilities``."""
-    on = ALWAYS_ON | ({"events"} if events else set())
+def capabilities_to_qmp(switched_on: Set[str]) -> list[dict[str, object]]:
+    """The answer to ``query-migrate-capabilities``, with those of :data:`SWITCHABLE` that are on."""
+    on = ALWAYS_ON | switched_on
     return [{"capability": name, "state": name in on} for name in sorted(ALWAYS_ON | SWITCHABLE | set(ABSENT))]
 
 
-def events_wanted(now: bool, wanted: Sequence[Any]) -> bool:
-    """Whether migration events are on after ``migrate-set-capabilities``. Raises :class:`QmpError`."""
+def switched(now: Set[str], wanted: Sequence[Any]) -> Set[str]:
+    """Which of :data:`SWITCHABLE` are on after ``migrate-set-capabilities``. Raises :class:`QmpError`."""
     for item in wanted:
         name, state = _capability(item)
         if name in ABSENT and state:
@@ -94,7 +94,7 @@ def events_wanted(now: bool, wanted: Sequence[Any]) -> bool:
         if name not in ALWAYS_ON | SWITCHABLE | set(ABSENT):
             raise QmpError(f"Parameter 'capability' does not accept value '{name}'")
         if name in SWITCHABLE:
-            now = state
+            now = now | {name} if state else now - {name}
     return now
 
 

@@ -15,11 +15,13 @@
 #include <sys/types.h>
 
 #include "api/ioctl.h"
+#include "api/layout.h"
 #include "api/vcpu.h"
 #include "api/uart.h"
 #include "api/memory.h"
 #include "api/dirty.h"
 #include "api/delta.h"
+#include "api/zerocopy.h"
 #include "api/page.h"
 #include "api/stream.h"
 #include "api/file.h"

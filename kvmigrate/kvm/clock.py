@@ -14,12 +14,12 @@ attempt to synchronise (Linux bf328e22e472). The formula is step 6 of Documentat
 from __future__ import annotations
 
 import time
+from typing import Any
 
 from .._core import lib
 from ..record import dataclass, replace
 from ..state.fidelity import Fidelity
 from ..state.section import Fields, Value
-from .structs import layout
 from .vm import Vm
 
 _GOES_ON = "kvmclock goes on from the saved value"
@@ -57,13 +57,12 @@ class ClockBase:
         return replace(self, ahead=max(self.ahead, back)) if back <= tsc_khz * 1000 else self
 
 
-def save_clock(vm: Vm) -> dict[str, Value]:
-    """kvmclock, and the host's TSC and real time at that instant (read right after where KVM gives none)."""
-    clock = vm.get_clock()
-    host_tsc = _host_tsc(clock)
-    if not clock["flags"] & lib.KVM_CLOCK_REALTIME:
-        clock["realtime"] = time.time_ns()
-    return {"clock": clock, "host_tsc": host_tsc}
+def complete(clock: Any) -> int:
+    """Add to a ``struct kvm_clock_data *`` that KVM_GET_CLOCK has just filled what KVM gave none of: the real time.
+    Returns the host's TSC at that instant."""
+    if not clock.flags & lib.KVM_CLOCK_REALTIME:
+        clock.realtime = time.time_ns()
+    return int(clock.host_tsc) if clock.flags & lib.KVM_CLOCK_HOST_TSC else lib.kmig_host_tsc()
 
 
 def _host_tsc(clock: dict[str, Value]) -> int:
@@ -85,14 +84,12 @@ class ParsedClock:
         return bool(self.clock["flags"] & lib.KVM_CLOCK_TSC_STABLE)
 
 
-def parse_clock(fields: Fields, where: str) -> ParsedClock:
-    """Check a saved clock, which is hostile. Raises :class:`BadField`."""
-    clock = fields.mapping("clock")
-    layout("clock_data").pack(clock, f"{where}.clock")
-    inner = Fields(clock, f"{where}.clock")
-    inner.integer("clock", 0, _MAX_CLOCK_NS)
-    inner.integer("flags", 0, _FLAGS)
-    return ParsedClock(clock, fields.integer("host_tsc"))
+def parse_clock(clock: dict[str, Value], host_tsc: int, where: str) -> ParsedClock:
+    """Check a saved clock, which is hostile, but of the right fields and types. Raises :class:`BadField`."""
+    fields = Fields(clock, where)
+    fields.integer("clock", 0, _MAX_CLOCK_NS)
+    fields.integer("flags", 0, _FLAGS)
+    return ParsedClock(clock, host_tsc)
 
 
 def load_clock(vm: Vm, saved: ParsedClock, fidelity: Fidelity, *, count_downtime: bool = False) -> ClockBase:

@@ -15,8 +15,8 @@ from .structs import layout
 
 MAX_CPUID_ENTRIES = 256
 _MAX_INDICES = 4096
-_MAX_MSRS_PER_CALL = 256
-"""The kernel's own limit is MAX_IO_MSRS (arch/x86/kvm/x86.c), which is the same."""
+MAX_MSRS_PER_CALL = 255
+"""The kernel refuses MAX_IO_MSRS, which is 256, with E2BIG already (arch/x86/kvm/x86.c, msr_io)."""
 
 _CPUID_HEADER = ffi.sizeof("struct kvm_cpuid2")
 _MSRS_HEADER = ffi.sizeof("struct kvm_msrs")
@@ -55,7 +55,9 @@ def write_cpuid(fd: int, packed: Sequence[bytes]) -> None:
 @cache
 def _table(nr_entries: int) -> struct.Struct:
     """All entries of one call at once: index, value, index, value …"""
-    return struct.Struct("<" + layout("msr_entry").flat.format.removeprefix("<") * nr_entries)
+    entry = "struct kvm_msr_entry"
+    data_at = ffi.offsetof(entry, "data")
+    return struct.Struct("<" + f"I{data_at - 4}xQ{ffi.sizeof(entry) - data_at - 8}x" * nr_entries)
 
 
 def _msrs_call(fd: int, request: int, flat_pairs: Iterable[int], nr_entries: int) -> tuple[int, Any]:
@@ -88,7 +90,7 @@ def read_msrs(fd: int, indices: Iterable[int]) -> dict[int, int]:
     found: dict[int, int] = {}
     left = tuple(indices)
     while left:
-        chunk = left[:_MAX_MSRS_PER_CALL]
+        chunk = left[:MAX_MSRS_PER_CALL]
         count, view = _get_msrs_call(fd, chunk)
         check(count, "KVM_GET_MSRS")
         values = _table(len(chunk)).unpack_from(view, _MSRS_HEADER)[1::2]
@@ -104,7 +106,7 @@ def write_msrs(fd: int, values: Mapping[int, int]) -> list[int]:
     refused: list[int] = []
     left = list(values.items())
     while left:
-        chunk = left[:_MAX_MSRS_PER_CALL]
+        chunk = left[:MAX_MSRS_PER_CALL]
         count, _ = _msrs_call(fd, lib.KVM_SET_MSRS, chain.from_iterable(chunk), len(chunk))
         check(count, "KVM_SET_MSRS")
         if count < len(chunk):

@@ -36,7 +36,7 @@ _LOW_HALF = (0x175, 0x176)  # IA32_SYSENTER_ESP, IA32_SYSENTER_EIP
 # A write of these makes KVM write the time into guest memory, at once (Linux, kvm_write_wall_clock), behind the back of
 # the dirty log and of everyone who has counted pages. A guest that wants to know the time writes them each time anew
 # (KVM msr.rst), and may use the memory for something else in between.
-_WALL_CLOCKS = (lib.MSR_KVM_WALL_CLOCK, lib.MSR_KVM_WALL_CLOCK_NEW)
+WALL_CLOCKS = (lib.MSR_KVM_WALL_CLOCK, lib.MSR_KVM_WALL_CLOCK_NEW)
 
 _RESET_VALUES = {
     msr.IA32_MISC_ENABLE: 1,
@@ -68,14 +68,6 @@ def indices_to_save(vcpu: Vcpu) -> list[int]:
     return list(readable)
 
 
-def save_msrs(vcpu: Vcpu) -> dict[str, Value]:
-    """The MSRs by name. Which ones can be read is found out once per vCPU: at its first save,
-    which a machine makes while nobody waits."""
-    if vcpu.saved_msrs is None:
-        vcpu.saved_msrs = indices_to_save(vcpu)
-    return {msr_name(index): value for index, value in vcpu.get_msrs(vcpu.saved_msrs).items()}
-
-
 def parse_msrs(value: Value, where: str) -> dict[int, int]:
     """Check saved MSRs, which are hostile. Raises :class:`BadField`."""
     if type(value) is not dict or len(value) > MAX_SAVED_MSRS:
@@ -104,15 +96,22 @@ def _write_order(indices: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def load_msrs(vcpu: Vcpu, saved: Mapping[int, int], fidelity: Fidelity, where: str) -> None:
-    """Write every MSR but the deferred ones, read all back and give each its verdict."""
+    """Write every MSR but the deferred ones and the wall clocks, read all back and give each its verdict."""
     _load_mcg_cap(vcpu, saved, fidelity, where)
-    wanted = in_write_order(saved)
-    for index in _WALL_CLOCKS:
-        if wanted.get(index):
-            why = "a request that KVM answered when it was written"
-            fidelity.dropped(f"{where}.{msr_name(index)}", wanted.pop(index), why)
+    wanted = {index: value for index, value in in_write_order(saved).items() if index not in WALL_CLOCKS}
     refused = set(vcpu.set_msrs(wanted))
     compare_msrs(vcpu, wanted, refused, fidelity, where)
+
+
+def load_wall_clocks(vcpu: Vcpu, saved: Mapping[int, int], fidelity: Fidelity, where: str) -> None:
+    """Leave out a request for the time: KVM would answer it once more. There may be one that has to go."""
+    for index, value in saved.items():
+        if value:
+            why = "a request that KVM answered when it was written"
+            fidelity.dropped(f"{where}.{msr_name(index)}", value, why)
+    none = {index: 0 for index, value in saved.items() if not value}
+    if none:
+        compare_msrs(vcpu, none, set(vcpu.set_msrs(none)), fidelity, where)
 
 
 def compare_msrs(vcpu: Vcpu, wanted: Mapping[int, int], refused: Iterable[int], fidelity: Fidelity, where: str) -> None:

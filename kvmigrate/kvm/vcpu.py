@@ -19,7 +19,7 @@ RUN_EXIT: int = lib.KMIG_RUN_EXIT
 RUN_QUIT: int = lib.KMIG_RUN_QUIT
 RUN_DEBUG: int = lib.KMIG_RUN_DEBUG
 
-_REQUESTS = {
+REQUESTS: Mapping[str, tuple[int, int]] = {
     "regs": (lib.KVM_GET_REGS, lib.KVM_SET_REGS),
     "sregs": (lib.KVM_GET_SREGS, lib.KVM_SET_SREGS),
     "sregs2": (lib.KVM_GET_SREGS2, lib.KVM_SET_SREGS2),
@@ -27,6 +27,8 @@ _REQUESTS = {
     "xcrs": (lib.KVM_GET_XCRS, lib.KVM_SET_XCRS),
     "debugregs": (lib.KVM_GET_DEBUGREGS, lib.KVM_SET_DEBUGREGS),
     "lapic_state": (lib.KVM_GET_LAPIC, lib.KVM_SET_LAPIC),
+    "xsave": (lib.KVM_GET_XSAVE, lib.KVM_SET_XSAVE),
+    "nested_state": (lib.KVM_GET_NESTED_STATE, lib.KVM_SET_NESTED_STATE),
     "mp_state": (lib.KVM_GET_MP_STATE, lib.KVM_SET_MP_STATE),
     "vcpu_events": (lib.KVM_GET_VCPU_EVENTS, lib.KVM_SET_VCPU_EVENTS),
 }
@@ -90,7 +92,8 @@ class Vcpu:
         run_bytes = host.vcpu_mmap_bytes
         check(lib.kmig_vcpu_create(group.handle, fd, run_bytes, kick, ret), f"mapping vCPU {vcpu_id}")
         self.host = host
-        self.saved_msrs: list[int] | None = None
+        self.image: Any = None
+        """Made by vcpu_image.py, for itself."""
         self.cpuid: list[CpuidEntry] = []
         self.offered_cpuid: list[CpuidEntry] = []
         self.fd = fd
@@ -128,12 +131,12 @@ class Vcpu:
         buffer = self._buffers.get(name)
         if buffer is None:
             buffer = self._buffers[name] = ffi.new(f"struct kvm_{name} *")
-        check(lib.kmig_ioctl(self.fd, _REQUESTS[name][0], buffer), f"KVM_GET of {name}")
+        check(lib.kmig_ioctl(self.fd, REQUESTS[name][0], buffer), f"KVM_GET of {name}")
         return bytes(ffi.buffer(buffer))
 
     def set_packed(self, name: str, packed: bytes) -> None:
         """Set ``struct kvm_<name>`` from bytes that its layout made."""
-        check(lib.kmig_ioctl(self.fd, _REQUESTS[name][1], ffi.from_buffer(packed)), f"KVM_SET of {name}")
+        check(lib.kmig_ioctl(self.fd, REQUESTS[name][1], ffi.from_buffer(packed)), f"KVM_SET of {name}")
 
     def _get(self, name: str) -> dict[str, Value]:
         return layout(name).unpack(self.get_packed(name))
@@ -253,7 +256,7 @@ class Vcpu:
         not change any more but for bits that follow the guest's own control registers. Which MSRs there are does."""
         write_cpuid(self.fd, packed)
         self.cpuid = self.get_cpuid2()
-        self.saved_msrs = None
+        self.image = None
 
     def offer_cpuid(self) -> None:
         """Give the guest all that the host supports, and remember in ``offered_cpuid`` what the kernel made of it: a

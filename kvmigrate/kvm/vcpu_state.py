@@ -6,20 +6,25 @@ target/i386/kvm/kvm.c.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+
 from .._core import lib
-from ..errors import BadField, HostError
+from ..errors import BadField, HostError, check
 from ..record import dataclass
 from ..state.fidelity import Fidelity
-from ..state.section import Fields, Value
+from ..state.section import Fields, Value, unpack
 from . import msr_names as msr
 from .clock import ClockBase
 from .cpuid import compare_cpuid, parse_cpuid
 from .host import CpuidEntry
 from .lapic import compare_lapic
-from .msrs import load_msrs, parse_msrs, save_msrs
+from .msrs import WALL_CLOCKS, load_msrs, load_wall_clocks, parse_msrs
+from .steps import Outcome
 from .structs import layout
 from .tsc import SavedTsc, load_tsc, load_tsc_deadline, load_tsc_khz
 from .vcpu import Vcpu
+from .vcpu_image import STRUCTS, VcpuImage, image_of, save_image
 from .xsave import compare_xsave, parse_xsave
 
 MAX_NESTED_BYTES = 64 << 10
@@ -27,72 +32,81 @@ _MAX_KHZ = 100_000_000
 
 
 def save_vcpu(vcpu: Vcpu) -> dict[str, Value]:
-    """The state of ``vcpu``, which must be parked. Raises :class:`HostError`.
-
-    Order, which no reader of the body depends on, but what it holds does:
-
-    1. MP_STATE: reading it takes a pending INIT or SIPI, which changes registers and the local APIC [fc].
-    2. MSRs before the LAPIC: a deadline timer that fires in between is then saved as armed and due, and raised, and the
-       guest sees one interrupt too many; the other way round it would be in neither and the guest might wait for ever
-       (Firecracker #4618). Registers and XSAVE at any time.
-    3. VCPU_EVENTS last: the other reads may change what is pending [fc].
-    """
-    body: dict[str, Value] = {"id": vcpu.id, "mp_state": vcpu.get_mp_state()}
-    body["regs"] = vcpu.get_regs()
-    sregs = "sregs2" if vcpu.host.has_sregs2 else "sregs"
-    body[sregs] = layout(sregs).unpack(vcpu.get_packed(sregs))
-    body["xsave"] = vcpu.get_xsave()
-    body["xcrs"] = trim_xcrs(vcpu.get_xcrs())
-    body["debugregs"] = vcpu.get_debugregs()
-    body["msrs"] = save_msrs(vcpu)
-    body["lapic"] = vcpu.get_lapic()
-    if vcpu.host.nested_state_bytes:
-        body["nested_state"] = vcpu.get_nested_state(vcpu.host.nested_state_bytes)
-    body["tsc_khz"] = vcpu.get_tsc_khz()
-    if vcpu.has_tsc_offset():
-        body["tsc_offset"] = vcpu.get_tsc_offset()
-    body["cpuid"] = vcpu.cpuid
-    body["vcpu_events"] = vcpu.get_vcpu_events()
-    return body
+    """The state of ``vcpu``, which must be parked, as a dict with its CPUID. Raises :class:`HostError`."""
+    body: dict[str, Value] = unpack(save_image(vcpu), f"vcpu{vcpu.id}")
+    return body | {"cpuid": vcpu.cpuid}
 
 
 @dataclass(frozen=True, slots=True)
 class ParsedVcpu:
-    """A vCPU's state that was checked and turned into the kernel's structs; nothing of it is set yet."""
+    """A vCPU's state that was checked; nothing of it is set yet. What fits this host lies in the vCPU's image, ready to
+    be set; the items ``odd`` do not, and are set one by one: ``sregs`` and ``nested_state`` from here."""
 
     cpuid: list[CpuidEntry]
     cpuid_packed: list[bytes]
-    packed: dict[str, bytes]
-    xsave: bytes
-    nested_state: bytes | None
-    msrs: dict[int, int]
+    image: VcpuImage
     tsc: SavedTsc
+    msrs: Mapping[int, int]
+    """All MSRs when they are odd, else those that have steps of their own."""
+    odd: frozenset[str] = frozenset()
+    sregs: bytes = b""
+    nested_state: bytes | None = None
 
 
-def parse_vcpu(vcpu: Vcpu, body: Value) -> ParsedVcpu:
+def parse_vcpu(vcpu: Vcpu, body: Value, cpuid: Value) -> ParsedVcpu:
     """Check all of a saved body, which is hostile, before any of it is set: exact keys, types, ranges and lengths.
+    ``body`` is a map, or one in msgpack, which costs next to nothing when it is of a host with the same MSRs.
 
     Raises :class:`BadField`, or :class:`RestoreRefused` for an XSAVE area that this host's CPU cannot load."""
-    where = f"vcpu{vcpu.id}"
-    fields = Fields(body, where)
+    where, image = f"vcpu{vcpu.id}", image_of(vcpu)
+    entries, packed_entries = parse_cpuid(cpuid, vcpu.cpuid, f"{where}.cpuid")
+    if image.take(body):
+        return _taken(vcpu, image, entries, packed_entries, where)
+    fields = Fields(unpack(body, where) if isinstance(body, bytes) else body, where)
+    parsed = _filled(vcpu, image, fields, entries, packed_entries, where)
+    fields.done()
+    return parsed
+
+
+def _taken(
+    vcpu: Vcpu, image: VcpuImage, cpuid: list[CpuidEntry], cpuid_packed: list[bytes], where: str
+) -> ParsedVcpu:
+    """What has the shape of this host's own state: the ranges are left to be checked."""
+    memory, table = image.memory, image.memory.saved("msrs")
+    flags, khz = memory.saved("xcrs", "struct kvm_xcrs *").flags, memory.saved("tsc_khz", "__u32 *")[0]
+    own = memory.saved("id", "__u32 *")[0]
+    if flags or own != vcpu.id or not 1 <= khz <= _MAX_KHZ:
+        raise BadField(f"{where}: xcrs.flags is {flags}, id {own} and tsc_khz {khz}, which no vCPU {vcpu.id} has")
+    parse_xsave(memory.saved_bytes("xsave"), vcpu.host, vcpu.xsave_bytes, f"{where}.xsave")
+    offset = memory.saved("tsc_offset", "__u64 *")[0] if image.has_tsc_offset else None
+    apart = (*WALL_CLOCKS, msr.IA32_TSC, msr.IA32_TSC_DEADLINE)
+    msrs = {index: value for index in apart if (value := image.msrs.get(table, index)) is not None}
+    odd = frozenset(() if image.has_nested_state else ("nested_state",))
+    return ParsedVcpu(cpuid, cpuid_packed, image, SavedTsc(khz, msrs.get(msr.IA32_TSC, 0), offset), msrs, odd)
+
+
+def _filled(
+    vcpu: Vcpu, image: VcpuImage, fields: Fields, cpuid: list[CpuidEntry], cpuid_packed: list[bytes], where: str
+) -> ParsedVcpu:
+    """What was saved on a host with other MSRs, an older kernel, another CPU; or cannot be right."""
+    image.memory.clear()
     fields.integer("id", vcpu.id, vcpu.id)
     sregs = "sregs2" if fields.has("sregs2") else "sregs"
-    packed = {name: layout(name).pack(fields.mapping(name), f"{where}.{name}") for name in (sregs, *_STRUCTS)}
-    packed["lapic_state"] = layout("lapic_state").pack(fields.mapping("lapic"), f"{where}.lapic")
+    packed = {key: layout(key).pack(fields.mapping(key), f"{where}.{key}") for key in (sregs, *_PLAIN)}
+    packed["lapic"] = layout("lapic_state").pack(fields.mapping("lapic"), f"{where}.lapic")
     packed["xcrs"] = parse_xcrs(fields.mapping("xcrs"), f"{where}.xcrs")
-    cpuid, cpuid_packed = parse_cpuid(fields.sequence("cpuid", 1024), vcpu.cpuid, f"{where}.cpuid")
     msrs = parse_msrs(fields.mapping("msrs"), f"{where}.msrs")
     nested = fields.blob("nested_state", MAX_NESTED_BYTES) if fields.has("nested_state") else None
     offset = fields.integer("tsc_offset") if fields.has("tsc_offset") else None
     tsc = SavedTsc(fields.integer("tsc_khz", 1, _MAX_KHZ), msrs.get(msr.IA32_TSC, 0), offset)
-    xsave = parse_xsave(fields.blob("xsave", 1 << 20), vcpu.host, vcpu.xsave_bytes, f"{where}.xsave")
-    fields.done()
-    return ParsedVcpu(cpuid, cpuid_packed, packed, xsave, nested, msrs, tsc)
-
-
-def trim_xcrs(value: dict[str, Value]) -> dict[str, Value]:
-    """The extended control registers that there are, of the 16 that the kernel's struct has room for."""
-    return value | {"xcrs": value["xcrs"][: value["nr_xcrs"]]}
+    packed["xsave"] = parse_xsave(fields.blob("xsave", 1 << 20), vcpu.host, vcpu.xsave_bytes, f"{where}.xsave")
+    odd = {"nested_state"} if sregs == image.sregs else {"nested_state", "sregs"}
+    for key, data in packed.items():
+        if key in image.memory.parts:
+            image.memory.fill(key, data)
+    if not image.msrs.fill(image.memory.saved("msrs"), msrs):
+        odd.add("msrs")
+    return ParsedVcpu(cpuid, cpuid_packed, image, tsc, msrs, frozenset(odd), packed[sregs], nested)
 
 
 def parse_xcrs(value: dict[str, Value], where: str) -> bytes:
@@ -108,7 +122,7 @@ def parse_xcrs(value: dict[str, Value], where: str) -> bytes:
     return layout("xcrs").pack({"nr_xcrs": nr_xcrs, "flags": flags, "xcrs": whole}, where)
 
 
-_STRUCTS = ("regs", "debugregs", "mp_state", "vcpu_events")
+_PLAIN = ("regs", "debugregs", "mp_state", "vcpu_events")
 
 
 class _Loader:
@@ -122,24 +136,72 @@ class _Loader:
         self.fidelity = Fidelity()
         self.where = f"vcpu{vcpu.id}"
 
-    def step(self, name: str) -> None:
-        where = f"{self.where}.{name}"
-        try:
-            if name in self.parsed.packed:
-                self._struct(name, where)
-            else:
-                getattr(self, f"_{name}")(where)
-        except HostError as error:
-            self.fidelity.refused(where, None, None, f"the kernel refused it: {error}")
+    def load(self) -> Fidelity:
+        """Set all items in :data:`ORDER`: as many as can be by one call into the C core."""
+        for together, items in _calls(tuple(ORDER), self.parsed.odd):
+            if not together:
+                self._step(items[0])
+                continue
+            for item, outcome in zip(items, self.parsed.image.load(items), strict=True):
+                self._judge(item, outcome)
+        return self.fidelity
 
-    def _struct(self, name: str, where: str) -> None:
-        saved = self.parsed.packed[name]
-        self.vcpu.set_packed(name, saved)
-        held = self.vcpu.get_packed(name)
-        if held == saved:
-            self.fidelity.exact(where)
+    def _step(self, item: str) -> None:
+        where = f"{self.where}.{item}"
+        try:
+            getattr(self, f"_{item}")(where)
+        except HostError as error:
+            self._refused(where, error)
+
+    def _refused(self, where: str, error: HostError) -> None:
+        self.fidelity.refused(where, None, None, f"the kernel refused it: {error}")
+
+    def _judge(self, item: str, outcome: Outcome) -> None:
+        where = f"{self.where}.{item}"
+        try:
+            check(outcome.rc, f"KVM_SET of {item}")
+            if item == "msrs":
+                self._msrs_written(outcome.exact, where)
+            elif outcome.exact:
+                self.fidelity.exact(where)
+            else:
+                self._compare(item, where)
+        except HostError as error:
+            self._refused(where, error)
+
+    def _compare(self, item: str, where: str) -> None:
+        """What was not read back byte for byte as it was set: padding, a timer that goes on, or a loss."""
+        image = self.parsed.image
+        key = image.key(item)
+        saved, held = image.memory.saved_bytes(key), image.memory.held_bytes(key)
+        if item == "lapic":
+            compare_lapic(saved, held, self.fidelity, where)
+        elif item == "xsave":
+            compare_xsave(saved, held, self.fidelity, where)
+        elif item == "nested_state":
+            self.fidelity.compare(where, saved, held)
         else:
-            self.fidelity.compare(where, layout(name).unpack(saved), layout(name).unpack(held))
+            self.fidelity.compare(where, layout(key).unpack(saved), layout(key).unpack(held))
+
+    def _msrs_written(self, exact: bool, where: str) -> None:
+        """The MSRs that have no step of their own stand in the vCPU; or some do not, and each is set and judged."""
+        image = self.parsed.image
+        if exact:
+            self.fidelity.all_exact(f"{where}.{name}" for name in image.msrs.compared_names)
+        else:
+            load_msrs(self.vcpu, image.msrs.values(image.memory.saved("msrs")), self.fidelity, where)
+        self._other_msrs(where)
+
+    def _msrs(self, where: str) -> None:
+        load_msrs(self.vcpu, self.parsed.msrs, self.fidelity, where)
+        self._other_msrs(where)
+
+    def _other_msrs(self, where: str) -> None:
+        """The TSC after the other MSRs, TSC_DEADLINE after the TSC."""
+        msrs = self.parsed.msrs
+        load_wall_clocks(self.vcpu, {i: msrs[i] for i in WALL_CLOCKS if i in msrs}, self.fidelity, where)
+        off = load_tsc(self.vcpu, self.parsed.tsc, self.base, self.fidelity, where)
+        load_tsc_deadline(self.vcpu, msrs, off, self.fidelity, where)
 
     def _cpuid(self, where: str) -> None:
         parsed, vcpu = self.parsed, self.vcpu
@@ -153,42 +215,28 @@ class _Loader:
         _compare_entries(parsed.cpuid, vcpu.cpuid, self.fidelity, where)
 
     def _sregs(self, where: str) -> None:
-        """In the form with the PDPTRs; a save without them comes here by :meth:`_struct`."""
-        if self.vcpu.host.has_sregs2:
-            self._struct("sregs2", where)
-        else:
+        """In the other form than this host's own: without the PDPTRs, or with them."""
+        if self.parsed.image.sregs == "sregs":
             self.fidelity.refused(where, "sregs2", "sregs", "this host's kernel lacks KVM_CAP_SREGS2")
+            return
+        saved = self.parsed.sregs
+        self.vcpu.set_packed("sregs", saved)
+        held = self.vcpu.get_packed("sregs")
+        self.fidelity.compare(where, layout("sregs").unpack(saved), layout("sregs").unpack(held))
 
     def _nested_state(self, where: str) -> None:
         saved = self.parsed.nested_state
         if saved is None:
             return
-        size = self.vcpu.host.nested_state_bytes
-        if not size:
+        size_bytes = self.vcpu.host.nested_state_bytes
+        if not size_bytes:
             self.fidelity.refused(where, len(saved), None, "this host's kernel lacks KVM_CAP_NESTED_STATE")
             return
         self.vcpu.set_nested_state(saved)
-        self.fidelity.compare(where, saved, self.vcpu.get_nested_state(size))
-
-    def _xsave(self, where: str) -> None:
-        self.vcpu.set_xsave(self.parsed.xsave)
-        compare_xsave(self.parsed.xsave, self.vcpu.get_xsave(), self.fidelity, where)
-
-    def _lapic(self, where: str) -> None:
-        saved = self.parsed.packed["lapic_state"]
-        # Twice: the kernel works out the processor priority before it counts the interrupts in service, so that the
-        # first time it is that of none (kvm_apic_set_state: apic_update_ppr() before kvm_apic_update_apicv()).
-        self.vcpu.set_packed("lapic_state", saved)
-        self.vcpu.set_packed("lapic_state", saved)
-        compare_lapic(saved, self.vcpu.get_packed("lapic_state"), self.fidelity, where)
+        self.fidelity.compare(where, saved, self.vcpu.get_nested_state(size_bytes))
 
     def _tsc_khz(self, where: str) -> None:
         load_tsc_khz(self.vcpu, self.parsed.tsc.khz, self.fidelity, where)
-
-    def _msrs(self, where: str) -> None:
-        load_msrs(self.vcpu, self.parsed.msrs, self.fidelity, where)
-        off = load_tsc(self.vcpu, self.parsed.tsc, self.base, self.fidelity, where)
-        load_tsc_deadline(self.vcpu, self.parsed.msrs, off, self.fidelity, where)
 
 
 ORDER = (
@@ -210,7 +258,7 @@ ORDER = (
     "debugregs",
     # Before the MSRs: the local APIC's timer mode decides whether TSC_DEADLINE counts [fc #4666].
     "lapic",
-    # The TSC after the other MSRs, TSC_DEADLINE after the TSC.
+    # With the TSC after the other MSRs, and TSC_DEADLINE after the TSC.
     "msrs",
     # Last: every step before may change what is pending [fc].
     "vcpu_events",
@@ -220,10 +268,29 @@ ORDER = (
 
 def load_vcpu(vcpu: Vcpu, parsed: ParsedVcpu, base: ClockBase) -> Fidelity:
     """Set all of a vCPU that has never run in :data:`ORDER`, read every item back and judge it."""
-    loader = _Loader(vcpu, parsed, base)
-    for name in ORDER:
-        loader.step(name)
-    return loader.fidelity
+    return _Loader(vcpu, parsed, base).load()
+
+
+@lru_cache(16)
+def _calls(order: tuple[str, ...], odd: frozenset[str]) -> list[tuple[bool, list[str]]]:
+    """``order`` in pieces: items that are set together, and those that are set alone."""
+    return [*_pieces(order, odd)]
+
+
+def _pieces(order: tuple[str, ...], odd: frozenset[str]) -> Iterator[tuple[bool, list[str]]]:
+    together: list[str] = []
+    for item in order:
+        alone = item in odd or item not in STRUCTS
+        # What follows the MSRs comes after the TSC, which is set after them.
+        if together and (alone or together[-1] == "msrs"):
+            yield True, together
+            together = []
+        if alone:
+            yield False, [item]
+        else:
+            together.append(item)
+    if together:
+        yield True, together
 
 
 def _compare_entries(saved: list[CpuidEntry], held: list[CpuidEntry], fidelity: Fidelity, where: str) -> None:

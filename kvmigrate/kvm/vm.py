@@ -15,6 +15,8 @@ from .vcpu import Vcpu, VcpuGroup
 PIC_MASTER: int = lib.KVM_IRQCHIP_PIC_MASTER
 PIC_SLAVE: int = lib.KVM_IRQCHIP_PIC_SLAVE
 IOAPIC: int = lib.KVM_IRQCHIP_IOAPIC
+CHIPS = {"pic_master": PIC_MASTER, "pic_slave": PIC_SLAVE, "ioapic": IOAPIC}
+"""The chips by the names that they have in the state of a VM."""
 _CHIP_LAYOUT = {PIC_MASTER: "pic_state", PIC_SLAVE: "pic_state", IOAPIC: "ioapic_state"}
 
 TSS_ADDR = 0xFFFBD000
@@ -36,6 +38,8 @@ class Vm:
         self.host = host
         self.vcpus: list[Vcpu] = []
         self.group = VcpuGroup()
+        self.image: Any = None
+        """Made by vm_image.py, for itself."""
         self._enable_full_state()
 
     def _enable_full_state(self) -> None:
@@ -155,20 +159,13 @@ class Vm:
 
     def get_irqchip(self, chip_id: int) -> dict[str, Value]:
         """One of the in-kernel chips: PIC_MASTER, PIC_SLAVE or IOAPIC."""
-        return chip_layout(chip_id).unpack(self.get_irqchip_packed(chip_id))
+        chip = ffi.new("struct kvm_irqchip *", {"chip_id": chip_id})
+        check(lib.kmig_ioctl(self.fd, lib.KVM_GET_IRQCHIP, chip), f"KVM_GET_IRQCHIP {chip_id}")
+        return chip_layout(chip_id).unpack(ffi.buffer(ffi.addressof(chip.chip)))
 
     def set_irqchip(self, chip_id: int, value: Value) -> None:
         """Set one of the in-kernel chips."""
-        self.set_irqchip_packed(chip_id, chip_layout(chip_id).pack(value, f"irqchip{chip_id}"))
-
-    def get_irqchip_packed(self, chip_id: int) -> bytes:
-        """One of the chips as the bytes of its struct."""
-        chip = ffi.new("struct kvm_irqchip *", {"chip_id": chip_id})
-        check(lib.kmig_ioctl(self.fd, lib.KVM_GET_IRQCHIP, chip), f"KVM_GET_IRQCHIP {chip_id}")
-        return bytes(ffi.buffer(ffi.addressof(chip.chip), chip_layout(chip_id).size_bytes))
-
-    def set_irqchip_packed(self, chip_id: int, packed: bytes) -> None:
-        """Set one of the chips from bytes that its layout made."""
+        packed = chip_layout(chip_id).pack(value, f"irqchip{chip_id}")
         chip = ffi.new("struct kvm_irqchip *", {"chip_id": chip_id})
         ffi.memmove(ffi.addressof(chip.chip), packed, len(packed))
         check(lib.kmig_ioctl(self.fd, lib.KVM_SET_IRQCHIP, chip), f"KVM_SET_IRQCHIP {chip_id}")

@@ -2,58 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Sequence
 
-from ..errors import HostError
+from ..errors import BadField, HostError, check
 from ..state.fidelity import Fidelity
-from ..state.section import Fields, Value
-from .clock import ParsedClock, load_clock, parse_clock, save_clock
-from .structs import layout
+from ..state.section import Value, unpack
+from . import vcpu_image
+from .clock import ParsedClock, load_clock, parse_clock
+from .structs import Layout, layout, packed
+from .vcpu_image import save_image
 from .vcpu_state import load_vcpu, parse_vcpu, save_vcpu
-from .vm import IOAPIC, PIC_MASTER, PIC_SLAVE, Vm, chip_layout
+from .vm import CHIPS, Vm, chip_layout
+from .vm_image import VmImage, image_of
 
-CHIPS = {"pic_master": PIC_MASTER, "pic_slave": PIC_SLAVE, "ioapic": IOAPIC}
-
-
-def save_vm(vm: Vm) -> dict[str, Value]:
-    """Clock, timer and interrupt chips of a VM whose vCPUs are parked. Raises :class:`HostError`.
-
-    The clock comes first: it goes on while the vCPUs stand, and what passes until it is read is time that the guest
-    will find missing."""
-    body = save_clock(vm)
-    body["pit2"] = vm.get_pit2()
-    body.update({name: vm.get_irqchip(chip) for name, chip in CHIPS.items()})
-    return body
+CHIP_ORDER = ("pic_master", "pic_slave", "ioapic", "pit2")
+"""Steps 3 and 4 of :func:`load_state`, which is a rule."""
 
 
 def save_state(vm: Vm) -> tuple[dict[str, Value], list[dict[str, Value]]]:
-    """The kernel's whole state of a VM whose vCPUs are parked: the VM's body, and one per vCPU. Raises
-    :class:`HostError`.
+    """The kernel's whole state of a VM whose vCPUs are parked, as dicts: the VM's body, and one per vCPU with its
+    CPUID. Raises :class:`HostError`."""
+    body: dict[str, Value] = unpack(image_of(vm).save(), "vm")
+    return body, [save_vcpu(vcpu) for vcpu in vm.vcpus]
+
+
+def pack_state(vm: Vm) -> tuple[bytes, list[bytes]]:
+    """The same in msgpack and without CPUID, for which nobody has to wait.
 
     The chips come before the vCPUs' local APICs: the timer goes on ticking, and an interrupt that it raises in between
     is then in the local APIC that is saved after it. The other way round it would be in neither, or a level-triggered
     line would wait for ever for the end of an interrupt that no local APIC knows of."""
-    body = save_vm(vm)
-    return body, [save_vcpu(vcpu) for vcpu in vm.vcpus]
+    body = image_of(vm).save()
+    return body, [save_image(vcpu) for vcpu in vm.vcpus]
 
 
-class ParsedVm:
-    """The VM's body, checked; nothing of it is set yet. Raises :class:`BadField`."""
-
-    def __init__(self, body: Value) -> None:
-        fields = Fields(body, "vm")
-        self.clock: ParsedClock = parse_clock(fields, "vm")
-        self.pit2: Mapping[str, Value] = fields.mapping("pit2")
-        layout("pit_state2").pack(self.pit2, "vm.pit2")
-        self.chips: dict[str, bytes] = {
-            name: chip_layout(chip).pack(fields.mapping(name), f"vm.{name}") for name, chip in CHIPS.items()
-        }
-        fields.done()
+def prepare(vm: Vm) -> None:
+    """Make what saving and loading a VM needs that has never run, while nobody waits. Raises :class:`HostError`."""
+    image_of(vm)
+    for vcpu in vm.vcpus:
+        vcpu_image.image_of(vcpu)
 
 
-def load_state(vm: Vm, body: Value, vcpu_bodies: Sequence[Value], *, count_downtime: bool = False) -> Fidelity:
-    """Set the whole state of a VM that has never run, or is reset, read all of it back and judge it.
+def parse_vm(vm: Vm, body: Value) -> ParsedClock:
+    """Check the VM's body, which is hostile, and put it into the VM's image, ready to be set. Raises
+    :class:`BadField`."""
+    memory = image_of(vm).memory
+    memory.decode(packed(body, "vm"), "vm")
+    clock = layout("clock_data").unpack(memory.saved_bytes("clock"))
+    return parse_clock(clock, int(memory.saved("host_tsc", "__u64 *")[0]), "vm.clock")
+
+
+def load_state(
+    vm: Vm,
+    body: Value,
+    vcpu_bodies: Sequence[Value],
+    cpuids: Sequence[Value] | None = None,
+    *,
+    count_downtime: bool = False,
+) -> Fidelity:
+    """Set the whole state of a VM that has never run, or is reset, read all of it back and judge it. The bodies are
+    maps or msgpack; the CPUID of each vCPU is in its own, or in ``cpuids``.
 
     Raises :class:`BadField` or :class:`RestoreRefused` when the bodies cannot be right, before anything is set. Refused
     items are in the result. The order is a rule:
@@ -64,61 +72,62 @@ def load_state(vm: Vm, body: Value, vcpu_bodies: Sequence[Value], *, count_downt
     4. The PIT last: it starts to tick at once, and a tick must find the chips in place.
     """
     fidelity = Fidelity()
-    parsed = ParsedVm(body)
+    clock = parse_vm(vm, body)
     if len(vcpu_bodies) != len(vm.vcpus):
         fidelity.refused("nr_vcpus", len(vcpu_bodies), len(vm.vcpus), "the machine has another number of vCPUs")
         return fidelity
-    states = [parse_vcpu(vcpu, saved) for vcpu, saved in zip(vm.vcpus, vcpu_bodies, strict=True)]
-    base = load_clock(vm, parsed.clock, fidelity, count_downtime=count_downtime)
-    for tsc in () if parsed.clock.stable else [state.tsc for state in states]:
+    if cpuids is None:
+        vcpu_bodies, cpuids = _apart(vcpu_bodies)
+    states = [parse_vcpu(*saved) for saved in zip(vm.vcpus, vcpu_bodies, cpuids, strict=True)]
+    base = load_clock(vm, clock, fidelity, count_downtime=count_downtime)
+    for tsc in () if clock.stable else [state.tsc for state in states]:
         if tsc.offset is not None:
             base = base.not_back(tsc.offset, tsc.value, tsc.khz)
     for vcpu, state in zip(vm.vcpus, states, strict=True):
         fidelity.merge(load_vcpu(vcpu, state, base))
-    load_chips(vm, parsed, fidelity)
+    load_chips(vm, fidelity)
     return fidelity
 
 
-def load_chips(vm: Vm, parsed: ParsedVm, fidelity: Fidelity) -> None:
-    """Steps 3 and 4 of :func:`load_state`."""
-    for name, chip in CHIPS.items():
-        saved = parsed.chips[name]
-        if _set(name, partial(vm.set_irqchip_packed, chip, saved), fidelity):
-            held = vm.get_irqchip_packed(chip)
-            if held == saved:
-                fidelity.exact(name)
-            else:
-                fidelity.compare(name, chip_layout(chip).unpack(saved), chip_layout(chip).unpack(held))
-    if _set("pit2", partial(vm.set_pit2, parsed.pit2), fidelity):
-        _compare_pit(parsed.pit2, vm.get_pit2(), fidelity)
+def _apart(bodies: Sequence[Value]) -> tuple[list[Value], list[Value]]:
+    """Bodies without their CPUID, and that. Raises :class:`BadField`."""
+    for number, body in enumerate(bodies):
+        if type(body) is not dict or "cpuid" not in body:
+            raise BadField(f"vcpu{number}: field 'cpuid' is missing")
+    return [{k: v for k, v in body.items() if k != "cpuid"} for body in bodies], [body["cpuid"] for body in bodies]
 
 
-def _set(name: str, action: Callable[[], None], fidelity: Fidelity) -> bool:
-    try:
-        action()
-    except HostError as error:
-        fidelity.refused(name, None, None, f"the kernel refused it: {error}")
-        return False
-    return True
+def load_chips(vm: Vm, fidelity: Fidelity) -> None:
+    """Set what :func:`parse_vm` took, in :data:`CHIP_ORDER`, and judge what was read back."""
+    image = image_of(vm)
+    for item, outcome in zip(CHIP_ORDER, image.load(CHIP_ORDER), strict=True):
+        try:
+            check(outcome.rc, f"KVM_SET of {item}")
+        except HostError as error:
+            fidelity.refused(item, None, None, f"the kernel refused it: {error}")
+            continue
+        if item == "pit2":
+            _judge_pit(image, fidelity)
+        elif outcome.exact:
+            fidelity.exact(item)
+        else:
+            _compare(image, item, chip_layout(CHIPS[item]), fidelity)
 
 
-def _compare(name: str, saved: Value, held: Value, fidelity: Fidelity) -> None:
-    if saved == held:
-        fidelity.exact(name)
-    else:
-        fidelity.compare(name, saved, held)
+def _compare(image: VmImage, item: str, of: Layout, fidelity: Fidelity) -> None:
+    fidelity.compare(item, of.unpack(image.memory.saved_bytes(item)), of.unpack(image.memory.held_bytes(item)))
 
 
-def _compare_pit(saved: Value, held: Value, fidelity: Fidelity) -> None:
-    """All but the time at which each channel began to count, which is the host's own clock."""
-    _compare("pit2.flags", saved["flags"], held["flags"], fidelity)
-    for n, (one, other) in enumerate(zip(saved["channels"], held["channels"], strict=True)):
-        began, now = one["count_load_time"], other["count_load_time"]
-        _compare(f"pit2.channels[{n}]", one | {"count_load_time": now}, other, fidelity)
+def _judge_pit(image: VmImage, fidelity: Fidelity) -> None:
+    """Exact but for the time at which each channel began to count, which is the host's own clock."""
+    saved, held = (of("pit2", "struct kvm_pit_state2 *") for of in (image.memory.saved, image.memory.held))
+    for number, (one, other) in enumerate(zip(saved.channels, held.channels, strict=True)):
+        began, now = one.count_load_time, other.count_load_time
         if began != now:
-            fidelity.adjusted(
-                f"pit2.channels[{n}].count_load_time",
-                began,
-                now,
-                "the channel starts a new period on this host's clock",
-            )
+            why = "the channel starts a new period on this host's clock"
+            fidelity.adjusted(f"pit2.channels[{number}].count_load_time", began, now, why)
+            other.count_load_time = began
+    if image.memory.saved_bytes("pit2") == image.memory.held_bytes("pit2"):
+        fidelity.all_exact(("pit2.flags", *(f"pit2.channels[{number}]" for number in range(len(saved.channels)))))
+    else:
+        _compare(image, "pit2", layout("pit_state2"), fidelity)

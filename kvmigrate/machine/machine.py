@@ -14,6 +14,7 @@ from ..devices.power import NEW_GENERATION, POWER_BUTTON
 from ..errors import ConfigError, KvmigrateError, StateError
 from ..kvm.cpuid import guest_cpuid
 from ..kvm.system import System
+from ..kvm.vm_state import prepare
 from ..memory.dirty import DirtyLog, LogMode
 from ..memory.region import GuestMemory
 from ..state.fidelity import Fidelity
@@ -25,7 +26,7 @@ from .exits import ExitHandler
 from .generation import new_generation_id, write_generation
 from .loading import load_image
 from .platform import Platform
-from .rehearsal import rehearse
+from .rehearsal import rehearse, warm_up
 from .reset import Boot, PowerOn, pending_section, take_pending
 from .runstate import RunStateBox
 from .sampling import Sampler
@@ -273,8 +274,14 @@ class Machine:
     def rehearse(self) -> None:
         """See :meth:`Migratable.rehearse`."""
         rehearse()
+        if self._runstate.state is RunState.INMIGRATE:
+            prepare(self.platform.vm)
         # What the disks' files have in the page cache must be on the storage before the locks go: most of it now.
         self.platform.virtio.flush()
+
+    def warm_up(self) -> None:
+        """See :meth:`Migratable.warm_up`."""
+        warm_up()
 
     def save(self) -> list[Section]:
         """See :meth:`Migratable.save`."""

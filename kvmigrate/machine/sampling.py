@@ -11,13 +11,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
-from ..kvm.vcpu_state import save_vcpu
-from ..kvm.vm_state import save_vm
+from ..kvm.vcpu_image import save_image
+from ..kvm.vm_image import image_of
 from ..state.section import Section
 from .cpus import PAUSE_TIMEOUT_MS
 from .platform import Platform
 from .runstate import RunStateBox
-from .sections import kernel_section
+from .sections import VERSION
 
 GAP = 3.0
 """How much longer than it stood still a guest runs before the next pause."""
@@ -44,11 +44,11 @@ class Sampler:
     def sample(self) -> list[Section]:
         """The sections. Raises :class:`HostError`."""
         vm = self._platform.vm
-        sections = [kernel_section("vm", save_vm(vm))]
+        sections = [Section("vm", VERSION, image_of(vm).save())]
         for vcpu in vm.vcpus:
             with self._standing_still():
-                body = save_vcpu(vcpu)
-            sections.append(kernel_section(f"vcpu{vcpu.id}", body))
+                body = save_image(vcpu)
+            sections.append(Section(f"vcpu{vcpu.id}", VERSION, body))
         devices = self._platform.devices
         bodies = {name: device.sample() for name, device in devices.items() if device.samples_alone}
         with self._standing_still():

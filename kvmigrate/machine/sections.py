@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+from ..devices.bus import Device
 from ..errors import BadField, ConfigError, HostError, RestoreRefused, StreamError
-from ..kvm.vm_state import load_state, save_state
+from ..kvm.vm_state import load_state, pack_state
 from ..state.fidelity import Fidelity
-from ..state.section import Section, Value, by_name, require_version
+from ..state.section import Section, by_name, pack, require_version
 from .platform import Platform
 
 VERSION = 1
@@ -30,18 +31,10 @@ def save_sections(platform: Platform) -> list[Section]:
     Devices come after the kernel's state: what they still had to say to the interrupt chips was said when they were
     paused. They may write guest memory, so the last sync of the dirty log comes after this.
     """
-    vm, vcpus = save_state(platform.vm)
-    sections = [
-        kernel_section(name, body) for name, body in zip(("vm", *_vcpu_names(platform)), (vm, *vcpus), strict=True)
-    ]
+    vm, vcpus = pack_state(platform.vm)
+    names = ("vm", *_vcpu_names(platform))
+    sections = [Section(name, VERSION, body) for name, body in zip(names, (vm, *vcpus), strict=True)]
     return sections + [device.section() for device in platform.devices.values()]
-
-
-def kernel_section(name: str, body: dict[str, Value]) -> Section:
-    """The section of the VM or of a vCPU."""
-    # CPUID never changes and is in the description already, where it travels before the guest has to wait.
-    body.pop("cpuid", None)
-    return Section(name, VERSION, body)
 
 
 def load_sections(platform: Platform, sections: Sequence[Section], *, count_downtime: bool = False) -> Fidelity:
@@ -55,17 +48,26 @@ def load_sections(platform: Platform, sections: Sequence[Section], *, count_down
     _check_names(platform, found)
     fidelity = _load_kernel(platform, found, count_downtime)
     for name, device in platform.devices.items():
-        device.load_section(found[name])
-        fidelity.compare(name, dict(found[name].body), device.save())
+        _load_device(device, found[name], fidelity)
     return fidelity
+
+
+def _load_device(device: Device, section: Section, fidelity: Fidelity) -> None:
+    # Most of the small devices are as they were after power-on, here as there.
+    if section.version == device.version and section.packed == pack(device.save()):
+        fidelity.exact(device.name)
+        return
+    device.load_section(section)
+    fidelity.compare(device.name, dict(section.body), device.save())
 
 
 def _load_kernel(platform: Platform, found: Mapping[str, Section], count_downtime: bool) -> Fidelity:
     vcpu_names = _vcpu_names(platform)
     for name in ("vm", *vcpu_names):
         require_version(found[name], VERSION)
-    bodies = [{**found[name].body, "cpuid": table} for name, table in zip(vcpu_names, platform.cpuid, strict=True)]
-    return load_state(platform.vm, found["vm"].body, bodies, count_downtime=count_downtime)
+    # CPUID never changes and is in the description already, where it travels before the guest has to wait.
+    bodies = [found[name].packed for name in vcpu_names]
+    return load_state(platform.vm, found["vm"].packed, bodies, platform.cpuid, count_downtime=count_downtime)
 
 
 def try_sections(platform: Platform, sections: Sequence[Section], without: Container[str] = ()) -> Fidelity:
@@ -82,8 +84,7 @@ def try_sections(platform: Platform, sections: Sequence[Section], without: Conta
     for name in platform.devices.keys() & found.keys():
         if name not in without:
             with refusing(fidelity, name):
-                platform.devices[name].load_section(found[name])
-                fidelity.compare(name, dict(found[name].body), platform.devices[name].save())
+                _load_device(platform.devices[name], found[name], fidelity)
     return fidelity
 
 

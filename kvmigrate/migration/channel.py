@@ -29,6 +29,7 @@ from ..state.frame import (
 from ..state.section import Value, pack
 from .abort import Abort
 from .wire import Failed
+from .zerocopy import enable
 
 DRAIN_MS = 500.0
 """How long a side that failed goes on reading what is on its way, so that its last word is not lost to a reset."""
@@ -97,6 +98,7 @@ class Channel:
         self._sent: Any = ffi.new("uint32_t *")
         self._ahead = memoryview(b"")
         self._incoming: Any = ffi.new("struct kmig_incoming *")
+        self._zero_copy: Any = ffi.NULL
 
     @property
     def fd(self) -> int:
@@ -111,6 +113,20 @@ class Channel:
     def incoming(self) -> Any:
         """The ``struct kmig_incoming *``: counters of what :meth:`recv_pages` received."""
         return self._incoming
+
+    @property
+    def zero_copy(self) -> Any:
+        """The ``struct kmig_zerocopy *`` of pages that go by reference, NULL while none do."""
+        return self._zero_copy
+
+    def send_by_reference(self) -> None:
+        """Let pages leave from where they lie. Raises :class:`UnsupportedError`."""
+        enable(self.fd)
+        self._zero_copy = ffi.new("struct kmig_zerocopy *")
+
+    def take_reports(self) -> int:
+        """Take in what the kernel reports of sends by reference, which poll shows as an error. Returns of how many."""
+        return self.check(lib.kmig_zerocopy_reap(self._zero_copy, self.fd)) if self._zero_copy else 0
 
     def send(self, kind: FrameKind, value: Value) -> None:
         """One control frame."""
@@ -127,7 +143,8 @@ class Channel:
     def send_raw(self, data: bytes | bytearray) -> None:
         """Bytes of frames that the caller made."""
         view = ffi.from_buffer(data)
-        self.check(lib.kmig_stream_send(self.fd, view, len(data), self.abort.fd, int(self.timeout_ms)))
+        limits = self.abort.fd, int(self.timeout_ms)
+        self.check(lib.kmig_stream_send(self.fd, view, len(data), *limits, self._zero_copy))
 
     def check(self, rc: int) -> int:
         """Turn the result of a C function on this connection into a count or an exception."""
@@ -182,14 +199,14 @@ class Channel:
 
     def pending(self) -> bool:
         """Whether the peer has said something, or hung up."""
-        return bool(_poll([(self.fd, select.POLLIN)], 0.0))
+        return self._wait(0.0)
 
     def wait_while_draining(self) -> None:
         """Wait until the peer speaks, as long as it goes on taking what was sent: on a slow link much may be under way.
 
         Raises :class:`PeerTimeout` once ``timeout_ms`` has passed with neither a word nor a byte taken."""
         left = self.nr_unacknowledged()
-        while not _poll([(self.fd, select.POLLIN), (self.abort.fd, select.POLLIN)], self.timeout_ms):
+        while not self._wait(self.timeout_ms, self.abort.fd):
             before, left = left, self.nr_unacknowledged()
             if left >= before:
                 raise _channel_error(-errno.ETIMEDOUT, self.peer, self.timeout_ms)
@@ -221,7 +238,7 @@ class Channel:
         with suppress(OSError, ChannelError, StreamError):
             if not self.broken and self.fd >= 0:
                 data = encode_frame(kind, pack(value), self._sent[0])
-                lib.kmig_stream_send(self.fd, data, len(data), -1, int(DRAIN_MS))
+                lib.kmig_stream_send(self.fd, data, len(data), -1, int(DRAIN_MS), self._zero_copy)
                 self._drain()
         self.close()
 
@@ -234,7 +251,7 @@ class Channel:
         deadline = time.monotonic() + DRAIN_MS / 1e3
         scratch = bytearray(1 << 18)
         while (left_ms := (deadline - time.monotonic()) * 1e3) > 0:
-            if not _poll([(self.fd, select.POLLIN)], left_ms) or not self._sock.recv_into(scratch):
+            if not self._wait(left_ms) or not self._sock.recv_into(scratch):
                 return
 
     def _count(self, header: FrameHeader) -> None:
@@ -274,12 +291,26 @@ class Channel:
             return bytes(taken)
         data = bytearray(size_bytes)
         left_ms = max(int((deadline - time.monotonic()) * 1e3), 0)
-        rc = lib.kmig_stream_recv(self.fd, ffi.from_buffer(data), size_bytes, self.abort.fd, left_ms, spin_us)
+        view = ffi.from_buffer(data)
+        rc = lib.kmig_stream_recv(self.fd, view, size_bytes, self.abort.fd, left_ms, spin_us, self._zero_copy)
         if rc == -errno.ECANCELED:
             self.abort.check()
         if rc < 0:
             raise _channel_error(rc, self.peer, self.timeout_ms)
         return bytes(data)
+
+    def _wait(self, timeout_ms: float, *others: int) -> bool:
+        """Wait until the peer has said something or hung up, or one of ``others`` is readable."""
+        deadline = time.monotonic() + timeout_ms / 1e3
+        poll = select.poll()
+        for fd in (self.fd, *others):
+            poll.register(fd, select.POLLIN)
+        while True:
+            found = dict(poll.poll(max(timeout_ms, 0.0)))
+            # Reports of sends by reference are no word of the peer's.
+            if found.get(self.fd) != select.POLLERR or len(found) > 1 or not self.take_reports():
+                return bool(found)
+            timeout_ms = (deadline - time.monotonic()) * 1e3
 
 
 def unexpected(frame: Frame, state: str) -> UnexpectedFrame:
@@ -299,13 +330,6 @@ def require(channel: Channel, frame: Frame, kind: FrameKind) -> Frame:
     if frame.kind != kind:
         raise unexpected(frame, f"waiting for {kind.name}")
     return frame
-
-
-def _poll(watched: list[tuple[int, int]], timeout_ms: float) -> set[int]:
-    poll = select.poll()
-    for fd, events in watched:
-        poll.register(fd, events)
-    return {fd for fd, _ in poll.poll(max(timeout_ms, 0.0))}
 
 
 def _channel_error(rc: int, peer: str, timeout_ms: float) -> ChannelError:

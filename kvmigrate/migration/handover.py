@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 
+from ..config import MigrationParameters
 from ..contract import Migratable, RunState
-from ..errors import BadChecksum, MigrationError
+from ..errors import BadChecksum, MigrationError, PeerTimeout
 from ..precopy.ledger import Downtime
 from ..precopy.rounds import PreCopy
 from ..record import dataclass, replace
@@ -41,6 +43,14 @@ class HandedOver:
     running: wire.Running
     to_running: float
     total: float
+
+
+def bounded(channel: Channel, parameters: MigrationParameters) -> AbstractContextManager[None]:
+    """Ends a switch-over that takes too long, unless COMMIT may have been sent. It is for the commit as well, where it
+    has no effect any more: to take it off wakes a thread, for which no guest should wait."""
+    bound_ms = max(parameters.timeout_ms, 2 * parameters.downtime_limit_ms)
+    late = PeerTimeout(f"{channel.peer} took over {bound_ms / 1e3:g} s to take the paused guest over")
+    return channel.abort.deadline(bound_ms, late)
 
 
 def switch_over(

@@ -177,6 +177,8 @@ class Incoming:
         round_ = wire.Round.from_payload(frame.payload)
         if not round_.sections:
             self.rounds.append(round_)
+            self._built().warm_up()
+            rehearse()
             # All of the round has been received: the source waits for this before it pauses the guest.
             self._channel.send_payloads([(FrameKind.ROUND, frame.payload)])
             return State.RECEIVING

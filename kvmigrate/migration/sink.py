@@ -20,6 +20,7 @@ from .channel import Channel, Frame, require
 from .codec import Auto, Fixed, Part, Sent
 from .delta import DELTA, DeltaCache, Offer
 from .packer import Packer
+from .zerocopy import References
 
 PART_PAGES = 256
 """A connection that gets fewer pages than this of a round costs more than it saves."""
@@ -39,6 +40,7 @@ class Writer:
 
     def write(self, memory: GuestMemory, part_of_round: Round) -> None:
         """Send pages until none are left to take. Raises what :meth:`Channel.check` raises."""
+        part_of_round.handle.zerocopy = self.channel.zero_copy
         more = True
         while more:
             part = self._codec.next(part_of_round, lambda level: self._packer.sample(memory, level))
@@ -148,6 +150,20 @@ class StreamSink:
         for channel in self._channels:
             if self._answer(channel).payload != payload:
                 raise BadField(f"{channel.peer} answers for another round than {record.round}")
+
+    def send_by_reference(self) -> None:
+        """Let uncompressed pages leave from where they lie. Raises :class:`UnsupportedError`."""
+        for channel in self._channels:
+            channel.send_by_reference()
+
+    def references(self) -> References | None:
+        """What came of that so far, None where it is not so. For the thread that migrates."""
+        handles = [channel.zero_copy for channel in self._channels if channel.zero_copy]
+        for channel in self._channels:
+            channel.take_reports()
+        if not handles:
+            return None
+        return References(*(sum(getattr(one, name) for one in handles) for name in ("sends", "copied", "refused")))
 
     def _answer(self, channel: Channel) -> Frame:
         """The ROUND that comes back, and what the destination made of an OFFER before it."""

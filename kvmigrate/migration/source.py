@@ -26,7 +26,6 @@ from ..errors import (
     HostError,
     KvmigrateError,
     PeerFailed,
-    PeerTimeout,
     StateError,
     StreamError,
 )
@@ -46,6 +45,7 @@ from .handover import (
     ENDED,
     HandedOver,
     Switched,
+    bounded,
     commit,
     measured,
     refuse_ended,
@@ -58,6 +58,7 @@ from .journal import Entry, Journal, Record, Role
 from .pages import announce_resident
 from .sink import StreamSink
 from .status import MigrationResult, Observer, Silence, Status
+from .zerocopy import References, require_possible
 
 LAST_WORD_MS = 300.0
 """How long a failed connection is listened to for the other side's reason."""
@@ -114,7 +115,9 @@ class Source:
             with self._rollback():
                 channel = self._setup()
                 precopy, sink = self._copy(channel)
-                with quiet_interpreter():
+                self._machine.warm_up()
+                rehearse()
+                with quiet_interpreter(), bounded(channel, self._parameters):
                     switched = self._switch_over(channel, precopy, sink)
                     answer = self._commit(channel, switched)
             return self._conclude(switched, answer)
@@ -148,6 +151,7 @@ class Source:
         """Connect, agree on the version, and have the destination build the machine and try the state."""
         self._enter(Status.SETUP)
         require_movable(self._machine)
+        require_possible(self._address, self._parameters)
         self._channel = channel = dial(self._address, self._abort, self._parameters.timeout_ms)
         uuid, epoch = self._query.uuid, self._query.epoch
         introduce(channel, wire.Hello(wire.FORMAT, tuple(self._features()), uuid, epoch, self._name))
@@ -173,6 +177,8 @@ class Source:
         parameters, query = self._parameters, self._query
         further = open_further(channel, self._address, query.uuid, query.epoch, parameters.connections)
         self._sink = StreamSink([channel, *further], parameters.compression, parameters.delta_cache_bytes)
+        if parameters.zero_copy:
+            self._sink.send_by_reference()
         return self._sink
 
     def _copy(self, channel: Channel) -> tuple[PreCopy, StreamSink]:
@@ -200,21 +206,21 @@ class Source:
 
     def _after_round(self, record: RoundRecord, decision: Decision) -> None:
         self._tell(lambda: self._observer.round_done(record))
-        self._result = replace(self._result, why=decision.why)
+        self._result = replace(self._result, why=decision.why, zero_copy=self._references())
         self._abort.check()
         refuse_ended(self._machine)
         if self._channel is not None and self._channel.pending():
             expect(self._channel, FrameKind.FAILED)
 
+    def _references(self) -> References | None:
+        return self._sink.references() if self._sink is not None else None
+
     def _switch_over(self, channel: Channel, precopy: PreCopy, sink: StreamSink) -> Switched:
         self._autostart = self._machine.runstate is RunState.RUNNING
         self._result = replace(self._result, status=Status.DEVICE)
-        bound_ms = max(self._parameters.timeout_ms, 2 * self._parameters.downtime_limit_ms)
-        late = PeerTimeout(f"{channel.peer} took over {bound_ms / 1e3:g} s to take the paused guest over")
-        with self._abort.deadline(bound_ms, late):
-            self._abort.check()
-            self._pausing = True
-            return switch_over(self._machine, channel, precopy, sink, autostart=self._autostart)
+        self._abort.check()
+        self._pausing = True
+        return switch_over(self._machine, channel, precopy, sink, autostart=self._autostart)
 
     def _commit(self, channel: Channel, switched: Switched) -> HandedOver | wire.Answer | None:
         """From the journal on there is no way back by ourselves. None: no answer that says who owns the guest."""
@@ -264,7 +270,7 @@ class Source:
             with suppress(ChannelError):
                 say_done(self._channel)
         self._machine.pause(RunState.POSTMIGRATE)
-        result = replace(self._result, total_ms=self._elapsed_ms())
+        result = replace(self._result, total_ms=self._elapsed_ms(), zero_copy=self._references())
         self._result = measured(result, self._precopy, switched, handed_over)
         self._tell(lambda: self._observer.status(Status.DEVICE))
         self._enter(Status.COMPLETED)

@@ -16,6 +16,7 @@
     check               what the destination made of the state when it tried it before the first round: fits, counts,
                         items, and ms: pause-time (the guest stood still for it), build-time, load-time, total-time
     why                 why it switched over when it did, or gave up
+    zero-copy           of pages sent by reference, if that was asked for: sends, copied, refused; see zerocopy.py
     digest              the sum over all pages that both sides agreed on, in hexadecimal
 
 The parts of the downtime are measured where they happen, each by one clock; ``send`` is what the source's clock saw
@@ -35,6 +36,7 @@ from ..precopy.progress import ProgressView
 from ..record import dataclass, replace
 from ..state.section import Value
 from .checks import CheckResult
+from .zerocopy import References
 
 
 class Status(StrEnum):
@@ -96,6 +98,7 @@ class MigrationResult:
     digest: int = 0
     view: ProgressView | None = None
     check: CheckResult | None = None
+    zero_copy: References | None = None
 
     def require_fit(self, peer: str) -> None:
         """Raise :class:`MigrationError` unless the destination's host could hold the state that was tried there."""
@@ -124,6 +127,8 @@ class MigrationResult:
             }
         if self.check is not None:
             value["check"] = self.check.to_value()
+        if self.zero_copy is not None:
+            value["zero-copy"] = self.zero_copy.to_value()
         optional = {"why": self.why, "fidelity": self.fidelity, "rounds": [r.to_value() for r in self.rounds]}
         return value | {key: found for key, found in optional.items() if found}
 

@@ -137,7 +137,10 @@ class _Reader:
         sections: list[Section] = []
         header, payload = self._frame()
         while header.kind == FrameKind.SECTION:
-            sections.append(section.decode(payload))
+            part = section.decode(payload)
+            # All of it is looked at before a machine is built; what is loaded stays packed.
+            section.unpack(part.packed, f"section {part.name}")
+            sections.append(part)
             if len(sections) > MAX_SECTIONS:
                 raise TooLarge(f"more than {MAX_SECTIONS} sections")
             header, payload = self._frame()

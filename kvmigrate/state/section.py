@@ -12,7 +12,6 @@ from typing import Any
 import msgpack
 
 from ..errors import BadField, BadVersion, StreamError
-from ..record import dataclass
 
 Value = Any
 """What a body may hold: None, bool, int, float, str, bytes, list, dict[str, Value]."""
@@ -20,15 +19,58 @@ Value = Any
 MAX_STR_BYTES = 64 << 10
 MAX_BIN_BYTES = 1 << 20
 MAX_ITEMS = 64 << 10
+_HEAD_BYTES = 256
+"""Room for a section without its body: more is had when it is needed."""
+_HOSTILE: dict[str, Any] = {
+    "raw": False,
+    "strict_map_key": True,
+    "max_str_len": MAX_STR_BYTES,
+    "max_bin_len": MAX_BIN_BYTES,
+    "max_array_len": MAX_ITEMS,
+    "max_map_len": MAX_ITEMS,
+    "max_ext_len": 0,
+}
+_MAP, _LONG_MAPS = 0x80, (0xDE, 0xDF)
+"""How a map begins (msgpack's specification, "map format family")."""
+_BROKEN = (ValueError, TypeError, msgpack.exceptions.UnpackException, RecursionError)
 
 
-@dataclass(frozen=True, slots=True)
 class Section:
-    """The saved state of the part ``name`` (``vcpu0``, ``irqchip``, ``serial0`` …), in ``version`` of its layout."""
+    """The saved state of the part ``name`` (``vcpu0``, ``irqchip``, ``serial0`` …), in ``version`` of its layout.
 
-    name: str
-    version: int
-    body: Mapping[str, Value]
+    ``body`` is a map, or one in msgpack already: then it stays so until somebody looks into it."""
+
+    __slots__ = ("_body", "name", "version")
+
+    def __init__(self, name: str, version: int, body: Mapping[str, Value] | bytes) -> None:
+        self.name = name
+        self.version = version
+        self._body = body
+
+    @property
+    def body(self) -> Mapping[str, Value]:
+        """The body as a map. Raises :class:`StreamError` when it is none."""
+        if isinstance(self._body, bytes):
+            body = unpack(self._body, f"section {self.name}")
+            if not isinstance(body, dict):
+                raise BadField(f"section {self.name}: its body is a {type(body).__name__}, expected a map")
+            self._body = body
+        return self._body
+
+    @property
+    def packed(self) -> bytes:
+        """The body in msgpack."""
+        return self._body if isinstance(self._body, bytes) else pack(self._body)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Section):
+            return NotImplemented
+        return (self.name, self.version, self.body) == (other.name, other.version, other.body)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"Section({self.name!r}, {self.version}, {self._body!r})"
 
 
 def pack(value: Value) -> bytes:
@@ -39,32 +81,56 @@ def pack(value: Value) -> bytes:
 def unpack(data: bytes | memoryview, what: str) -> Value:
     """Decode hostile msgpack; ``what`` names it in an error. Raises :class:`StreamError`."""
     try:
-        return msgpack.unpackb(
-            data,
-            raw=False,
-            strict_map_key=True,
-            max_str_len=MAX_STR_BYTES,
-            max_bin_len=MAX_BIN_BYTES,
-            max_array_len=MAX_ITEMS,
-            max_map_len=MAX_ITEMS,
-            max_ext_len=0,
-        )
-    except (ValueError, TypeError, msgpack.exceptions.UnpackException, RecursionError) as error:
+        return msgpack.unpackb(data, **_HOSTILE)
+    except _BROKEN as error:
         raise StreamError(f"{what} is not valid msgpack: {type(error).__name__} {error}") from error
 
 
 def encode(section: Section) -> bytes:
     """The payload of a SECTION frame."""
-    return pack({"name": section.name, "version": section.version, "body": section.body})
+    packer = msgpack.Packer(use_bin_type=True, autoreset=False, buf_size=_HEAD_BYTES)
+    packer.pack_map_header(3)
+    for item in ("name", section.name, "version", section.version, "body"):
+        packer.pack(item)
+    return bytes(packer.bytes() + section.packed)
 
 
 def decode(data: bytes | memoryview) -> Section:
-    """Decode the payload of a SECTION frame. Raises :class:`StreamError`."""
-    fields = Fields(unpack(data, "a section"), "section")
+    """Decode the payload of a SECTION frame. Raises :class:`StreamError`. Its body is looked at only as far as its
+    structure goes."""
+    body, fields = _without_body(data)
     name = fields.text("name", max_length=64)
-    section = Section(name, fields.integer("version", 1, 0xFFFF), fields.mapping("body"))
+    section = Section(name, fields.integer("version", 1, 0xFFFF), body)
     fields.done()
     return section
+
+
+def _without_body(data: bytes | memoryview) -> tuple[bytes, Fields]:
+    """The body of a section as it is, and the other fields."""
+    reader = msgpack.Unpacker(max_buffer_size=len(data) + 1, **_HOSTILE)
+    reader.feed(data)
+    others: dict[str, Value] = {}
+    body = b""
+    try:
+        for _ in range(reader.read_map_header()):
+            key = reader.unpack()
+            if key in others or (key == "body" and body):
+                raise BadField(f"section: field {key!r} comes twice")
+            if key == "body":
+                begin = reader.tell()
+                reader.skip()
+                body = bytes(data[begin : reader.tell()])
+            else:
+                others[key] = reader.unpack()
+    except _BROKEN as error:
+        raise StreamError(f"a section is not valid msgpack: {type(error).__name__} {error}") from error
+    if reader.tell() != len(data):
+        raise StreamError("a section is not valid msgpack: there are bytes behind it")
+    if not body:
+        raise BadField("section: field 'body' is missing")
+    if body[0] & 0xF0 != _MAP and body[0] not in _LONG_MAPS:
+        raise BadField("section: field 'body' is not a map")
+    return body, Fields(others, "section")
 
 
 def by_name(sections: Iterable[Section]) -> dict[str, Section]:

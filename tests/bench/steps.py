@@ -90,7 +90,7 @@ def _send_only(memory: GuestMemory) -> Sample:
     def work(fd: int) -> None:
         for slot in range(memory.handle.nr_slots):
             view = memory.handle.slot[slot]
-            lib.kmig_stream_send(fd, view.hva, view.nr_pages * PAGE_BYTES, -1, TIMEOUT_MS)
+            lib.kmig_stream_send(fd, view.hva, view.nr_pages * PAGE_BYTES, -1, TIMEOUT_MS, ffi.NULL)
 
     return _discarded(memory, work)
 

@@ -90,6 +90,26 @@ def test_a_guest_is_sent_with_figures_for_programs_and_goes_on(host: Host) -> No
     assert host.left_behind == []
 
 
+def test_without_a_copy_the_result_says_what_it_brought(host: Host) -> None:
+    log = f"file:{host.directory / 'two.log'}"
+    unix = f"unix://{host.directory}/there.sock"
+    with busy_guest(host, "one"), waiting(host, "two", "--serial", log) as (target, address):
+        refused = host("send", "one", unix, "--zerocopy")
+        assert refused.status == 2
+        assert refused.err == f"kvmigrate: {unix}: a UNIX socket always copies: leave out --zerocopy, or go by tcp:\n"
+        runs_on(host, "one")
+        sent = host("send", "one", address, "--zerocopy")
+        assert sent.status == 0
+        # Over the loopback, so that it brings nothing.
+        assert re.search(r"^zero-copy: copied by the kernel anyway: (\d+) of \1 sends", sent.out, re.MULTILINE), (
+            sent.out
+        )
+        runs_on(host, "two")
+        assert host("stop", "two").status == 0
+        assert ended(target)[0] == 8
+    assert host.left_behind == []
+
+
 @pytest.mark.parametrize("prefault", ["64M", "32M"], ids=["of its size", "of another size"])
 def test_a_guest_goes_to_a_destination_that_touched_memory_before_it_came(host: Host, prefault: str) -> None:
     log = f"file:{host.directory / 'two.log'}"

@@ -256,6 +256,23 @@ def test_parameters_are_set_and_told_in_qemus_units(path: Path, vm: FakeVm) -> N
     assert vm.parameters.downtime_limit_ms == 50
 
 
+def test_zero_copy_is_switched_as_qemus_capability(path: Path, vm: FakeVm) -> None:
+    def on(client: Client) -> set[str]:
+        return {one["capability"] for one in client.execute("query-migrate-capabilities") if one["state"]}
+
+    with Client(path, "fake") as client:
+        assert on(client) == {"multifd", "return-path", "validate-uuid"}
+        wanted = [{"capability": name, "state": True} for name in ("zero-copy-send", "events")]
+        client.execute("migrate-set-capabilities", {"capabilities": wanted})
+        assert on(client) >= {"zero-copy-send", "events"}
+        assert vm.parameters.zero_copy and vm.events_on
+        client.execute("migrate-set-parameters", {"downtime-limit": 50})
+        assert vm.parameters.zero_copy
+        off = [{"capability": "zero-copy-send", "state": False}]
+        client.execute("migrate-set-capabilities", {"capabilities": off})
+        assert not vm.parameters.zero_copy and vm.events_on
+
+
 def test_every_command_of_the_table_is_listed_and_reachable(path: Path) -> None:
     with Client(path, "fake") as client:
         listed = {entry["name"] for entry in client.execute("query-commands")}

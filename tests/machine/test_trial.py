@@ -18,7 +18,6 @@ from kvmigrate.devices.end import GuestEnd
 from kvmigrate.devices.virtio.image import open_disk
 from kvmigrate.devices.virtio.net import FEATURES
 from kvmigrate.errors import BadField
-from kvmigrate.kvm.vcpu import Vcpu
 from kvmigrate.machine.machine import Machine
 from kvmigrate.machine.trial import TrialMachine, available_bytes
 from kvmigrate.memory import huge
@@ -28,6 +27,7 @@ from kvmigrate.state.section import Section, decode, encode
 from tests.backends import HUGETLBFS, room_for
 from tests.devices.virtio.queues import QueuesDriver
 from tests.devices.virtio.test_real_tap import Namespace
+from tests.losing import msr_is_lost
 
 from .boot_sector import HANG, POWER_OFF, machine_with, out_byte, protected_mode_machine
 from .test_moved_network import MAC, card, namespace
@@ -163,11 +163,8 @@ def test_an_msr_that_the_host_drops_is_named(tmp_path: Path, stack: ExitStack, m
     sections = sampled(machine)
     (vcpu,) = (section for section in sections if section.name == "vcpu0")
     vcpu.body["msrs"]["MSR_LSTAR"] = 0xFFFFFFFF81000000
-    set_msrs = Vcpu.set_msrs
-    lstar = 0xC0000082
-    monkeypatch.setattr(
-        Vcpu, "set_msrs", lambda self, values: set_msrs(self, {at: v for at, v in values.items() if at != lstar})
-    )
+    for owner, name, value in msr_is_lost(0xC0000082):
+        monkeypatch.setattr(owner, name, value)
     (item,) = refused(tried(machine.describe(), sections)).values()
     assert (item.name, item.saved, item.read_back) == ("vcpu0.msrs.MSR_LSTAR", 0xFFFFFFFF81000000, 0)
 

@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -151,17 +152,23 @@ def read_all(pair: tuple[socket.socket, socket.socket]) -> bytes:
     return draining.data
 
 
-@pytest.mark.parametrize("receive", [True, False])
-def test_send_and_recv_keep_to_their_timeout_and_abort(receive: bool) -> None:
+def send(fd: int, data: Any, size_bytes: int, abort_fd: int, timeout_ms: int) -> int:
+    return lib.kmig_stream_send(fd, data, size_bytes, abort_fd, timeout_ms, ffi.NULL)
+
+
+def receive(fd: int, data: Any, size_bytes: int, abort_fd: int, timeout_ms: int, spin_us: int = 0) -> int:
+    return lib.kmig_stream_recv(fd, data, size_bytes, abort_fd, timeout_ms, spin_us, ffi.NULL)
+
+
+@pytest.mark.parametrize("transfer", [send, receive, partial(receive, spin_us=20_000)], ids=["send", "recv", "spin"])
+def test_send_and_recv_keep_to_their_timeout_and_abort(transfer: Callable[..., int]) -> None:
     data = ffi.new("uint8_t[]", 8 << 20)
-    transfer: Callable[..., int] = lib.kmig_stream_recv if receive else lib.kmig_stream_send
-    spin_us = [20_000] if receive else []
     ours, theirs = socket.socketpair()
     abort_fd = os.eventfd(0)
     with ours, theirs:
-        assert transfer(ours.fileno(), data, len(data), abort_fd, 50, *spin_us) == -errno.ETIMEDOUT
+        assert transfer(ours.fileno(), data, len(data), abort_fd, 50) == -errno.ETIMEDOUT
         os.eventfd_write(abort_fd, 1)
-        assert transfer(ours.fileno(), data, len(data), abort_fd, 50, *spin_us) == -errno.ECANCELED
+        assert transfer(ours.fileno(), data, len(data), abort_fd, 50) == -errno.ECANCELED
     os.close(abort_fd)
 
 
@@ -169,12 +176,10 @@ def test_send_and_recv_carry_every_byte_once() -> None:
     data, ours_theirs = os.urandom(3_000_001), socket.socketpair()
     with ours_theirs[0], ours_theirs[1]:
         sent: list[int] = []
-        thread = threading.Thread(
-            target=lambda: sent.append(lib.kmig_stream_send(ours_theirs[0].fileno(), data, len(data), -1, 5000))
-        )
+        thread = threading.Thread(target=lambda: sent.append(send(ours_theirs[0].fileno(), data, len(data), -1, 5000)))
         thread.start()
         buffer = ffi.new("uint8_t[]", len(data))
-        assert lib.kmig_stream_recv(ours_theirs[1].fileno(), buffer, len(data), -1, 5000, 0) == 0
+        assert receive(ours_theirs[1].fileno(), buffer, len(data), -1, 5000) == 0
         thread.join()
     assert sent == [0] and bytes(ffi.buffer(buffer)) == data
 
@@ -207,7 +212,7 @@ def test_a_peer_that_trickles_does_not_hold_the_receiver_of_a_control_frame_for_
         thread.start()
         buffer = ffi.new("uint8_t[]", 300_000)
         began = time.monotonic()
-        rc = lib.kmig_stream_recv(theirs.fileno(), buffer, len(buffer), -1, 100, 0)
+        rc = receive(theirs.fileno(), buffer, len(buffer), -1, 100)
         took_s = time.monotonic() - began
         thread.join()
         assert rc == -errno.ETIMEDOUT and took_s < 0.25

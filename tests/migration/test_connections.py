@@ -286,7 +286,7 @@ def test_no_thread_and_no_descriptor_is_left(tmp_path: Path, receive: Receive) -
     once("warm-up", None)
     time.sleep(0.2)
     before = left()
-    for n, rule in enumerate([None, Rule("out", 2, "cut", connection=2), None]):
+    for n, rule in enumerate([None, Rule("out", 0, "cut", connection=2, kind="ROUND"), None]):
         once(f"n{n}", rule)
     # A thread that has let go of everything may still be on its way out.
     until = time.monotonic() + 5.0

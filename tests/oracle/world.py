@@ -183,9 +183,12 @@ class World:
                 process.kill()
 
 
-def migrate(source: Process, address: str, **parameters: Any) -> Mapping[str, Any]:
+def migrate(source: Process, address: str, *, zero_copy: bool = False, **parameters: Any) -> Mapping[str, Any]:
     """Migrate ``source`` by QMP, with migrate-set-parameters first; the last report of the job, however it ended."""
     with source.client() as client:
+        if zero_copy:
+            wanted = [{"capability": "zero-copy-send", "state": True}]
+            client.execute("migrate-set-capabilities", {"capabilities": wanted})
         if parameters:
             client.execute("migrate-set-parameters", parameters)
         client.execute("migrate", {"uri": address})

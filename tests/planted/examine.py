@@ -66,6 +66,7 @@ def examine_hop(
     cap: int = 64 << 20,
     downtime_limit_ms: int = 300,
     connections: int = 1,
+    zero_copy: bool = False,
     **guest: Any,
 ) -> Findings:
     """Move a guest, booted as :func:`boot` says, and ask all oracles; up to ``hops`` times, until one objects.
@@ -79,7 +80,9 @@ def examine_hop(
         destination = world.receive(address)
         parameters = {"max-bandwidth": cap, "downtime-limit": downtime_limit_ms, "x-kvmigrate-compression": compression}
         parameters["multifd-channels"] = connections
-        job = migrate(source, address, **parameters)
+        job = migrate(source, address, zero_copy=zero_copy, **parameters)
+        if zero_copy and job["status"] == "completed":
+            assert job["result"]["zero-copy"]["sends"] > 0, "nothing went by reference"
         if job["status"] != "completed":
             found.objections["handover"] = str(job.get("error", {}).get("desc", job["status"]))
             break

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from kvmigrate.devices.serial import Serial
 from kvmigrate.kvm import vcpu_state, vm_state
-from kvmigrate.kvm.msrs import save_msrs
-from kvmigrate.kvm.structs import layout
+from kvmigrate.kvm.steps import Outcome
 from kvmigrate.kvm.vcpu import Vcpu
+from kvmigrate.kvm.vcpu_image import VcpuImage
 from kvmigrate.migration import incoming
 from kvmigrate.migration.incoming import Incoming, State
 from kvmigrate.migration.source import Source
 from kvmigrate.precopy.rounds import PreCopy
 from kvmigrate.state.frame import FrameKind
-from kvmigrate.state.section import Section
+from kvmigrate.state.section import Section, pack, unpack
+
+from ..losing import msr_is_lost
 
 LOST_MSR = 0x277
 """IA32_PAT: every guest has a value in it that is not 0."""
@@ -45,22 +47,22 @@ def _skip(item: str) -> Callable[[], None]:
 def _forget_msr() -> None:
     """Leave one MSR out of the save."""
 
-    def forgetful(vcpu: Any) -> dict[str, Any]:
-        found = dict(save_msrs(vcpu))
-        del found["MSR_LSTAR"]
-        return found
+    save = VcpuImage.save
 
-    _replace(vcpu_state, "save_msrs", forgetful)
+    def forgetful(self: Any) -> bytes | None:
+        packed = save(self)
+        body = unpack(packed, "a vCPU") if packed else None
+        if body is not None:
+            del body["msrs"]["MSR_LSTAR"]
+        return body and pack(body)
+
+    _replace(VcpuImage, "save", forgetful)
 
 
 def _lose_msr() -> None:
     """Be a host that takes an MSR and does not keep it."""
-    set_msrs = Vcpu.set_msrs
-
-    def careless(self: Any, values: Mapping[int, int]) -> list[int]:
-        return set_msrs(self, {index: value for index, value in values.items() if index != LOST_MSR})
-
-    _replace(Vcpu, "set_msrs", careless)
+    for owner, name, value in msr_is_lost(LOST_MSR):
+        _replace(owner, name, value)
 
 
 def _lose_feature() -> None:
@@ -78,27 +80,23 @@ def _lose_feature() -> None:
 
 def _stale_registers() -> None:
     """Load general registers that are one update behind."""
-    load = vcpu_state._Loader._struct
+    load = VcpuImage.load
 
-    def stale(self: Any, name: str, where: str) -> None:
-        if name == "regs":
-            regs = layout("regs").unpack(self.parsed.packed["regs"])
-            self.parsed.packed["regs"] = layout("regs").pack(regs | {"r15": max(regs["r15"] - 1, 0)}, "regs")
-        load(self, name, where)
+    def stale(self: Any, items: Sequence[str]) -> list[Outcome]:
+        if "regs" in items:
+            regs = self.memory.saved("regs", "struct kvm_regs *")
+            regs.r15 = max(regs.r15 - 1, 0)
+        return load(self, items)
 
-    _replace(vcpu_state._Loader, "_struct", stale)
+    _replace(VcpuImage, "load", stale)
 
 
 def _skip_chip(chip: str) -> Callable[[], None]:
     """Leave one of the VM's chips out of the load."""
 
     def break_it() -> None:
-        set_item = vm_state._set
-
-        def skipping(name: str, action: Callable[[], None], fidelity: Any) -> bool:
-            return False if name == chip else set_item(name, action, fidelity)
-
-        _replace(vm_state, "_set", skipping)
+        assert chip in vm_state.CHIP_ORDER, f"{chip} is no step of the load any more"
+        _replace(vm_state, "CHIP_ORDER", tuple(step for step in vm_state.CHIP_ORDER if step != chip))
 
     return break_it
 

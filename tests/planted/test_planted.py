@@ -32,6 +32,7 @@ HOP_BORDER = partial(examine_hop, hops=6, rate=30, pages=256, memory=str((8192 +
 # rounds go on for a while, until changes make up for the whole pages of the first two, and come to an end.
 HOP_DELTA = partial(examine_hop, rate=0, compression="zstd", cap=4 << 20, downtime_limit_ms=800)
 HOP_THREE = partial(examine_hop, connections=3)
+HOP_ZEROCOPY = partial(examine_hop, connections=3, zero_copy=True)
 NO_COMMIT, NO_RUNNING = (partial(examine_stall, kind=kind) for kind in (FrameKind.COMMIT, FrameKind.RUNNING))
 
 
@@ -59,6 +60,19 @@ PLANTED = (
     Fault("drop-page-per-round", "one dirty page of each round and connection is not sent", HOP_THREE, in_c=True),
     Fault("swap-two-pages", "two pages change places on one of three connections", HOP_THREE, in_c=True),
     Fault("lose-piece", "pages that one of three connections took are sent by none", HOP_THREE, in_c=True),
+    Fault(
+        "drop-page-per-round",
+        "one dirty page of each round is not sent, the others by reference",
+        HOP_ZEROCOPY,
+        in_c=True,
+    ),
+    Fault("swap-two-pages", "two pages change places that are sent by reference", HOP_ZEROCOPY, in_c=True),
+    Fault(
+        "lose-piece",
+        "pages that one connection took are sent by none, the others by reference",
+        HOP_ZEROCOPY,
+        in_c=True,
+    ),
     Fault("skip-last-round", "what was written since the last round is not sent"),
     Fault("skip-registers", "general registers are not loaded"),
     Fault("stale-registers", "a register is one update behind"),
@@ -134,8 +148,19 @@ def test_planted_fault_is_caught(world: World, fault: Fault) -> None:
 
 @pytest.mark.parametrize(
     "examine",
-    [HOP, HOP_TWO, HOP_THREE, HOP_BUSY, HOP_BORDER, examine_snapshot, HOP_DELTA, NO_COMMIT, NO_RUNNING],
-    ids=["hop", "two vcpus", "three connections", "busy", "border", "snapshot", "delta", "no COMMIT", "no RUNNING"],
+    [HOP, HOP_TWO, HOP_THREE, HOP_ZEROCOPY, HOP_BUSY, HOP_BORDER, examine_snapshot, HOP_DELTA, NO_COMMIT, NO_RUNNING],
+    ids=[
+        "hop",
+        "two vcpus",
+        "three connections",
+        "zero-copy",
+        "busy",
+        "border",
+        "snapshot",
+        "delta",
+        "no COMMIT",
+        "no RUNNING",
+    ],
 )
 def test_the_same_run_without_a_fault_passes(world: World, examine: Callable[[World], Findings]) -> None:
     assert not examine(world).objections

@@ -6,12 +6,15 @@
 int kmig_stream_send_some(struct kmig_memory *memory, struct kmig_round *round, int fd, uint32_t *sequence,
                           uint64_t most_pages, uint64_t most_ns);
 
-// Send exactly size_bytes; returns 0, -ETIMEDOUT, -ECANCELED, -EPIPE …. abort_fd and timeout as in struct kmig_round.
-int kmig_stream_send(int fd, const void *data, uint64_t size_bytes, int abort_fd, int64_t timeout_ms);
+// Send a copy of exactly size_bytes; returns 0, -ETIMEDOUT, -ECANCELED, -EPIPE …. abort_fd and timeout as in struct
+// kmig_round; zerocopy is that of fd if pages go by reference there, else NULL.
+int kmig_stream_send(int fd, const void *data, uint64_t size_bytes, int abort_fd, int64_t timeout_ms,
+                     struct kmig_zerocopy *zerocopy);
 
 // Receive exactly size_bytes, all of it within timeout_ms; -ECONNRESET when the peer closes before. For spin_us the
-// caller's processor looks again and again before it sleeps.
-int kmig_stream_recv(int fd, void *data, uint64_t size_bytes, int abort_fd, int64_t timeout_ms, uint64_t spin_us);
+// caller's processor looks again and again before it sleeps; zerocopy as above.
+int kmig_stream_recv(int fd, void *data, uint64_t size_bytes, int abort_fd, int64_t timeout_ms, uint64_t spin_us,
+                     struct kmig_zerocopy *zerocopy);
 
 struct kmig_incoming {
     int abort_fd;

@@ -1,0 +1,105 @@
+"""A list of MSRs as KVM_GET_MSRS and KVM_SET_MSRS take it, in the order in which they have to be written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+from .._core import ffi, lib
+from ..record import dataclass
+from .lists import MAX_MSRS_PER_CALL
+from .msr_names import IA32_MCG_CAP, msr_name
+from .msrs import WALL_CLOCKS, in_write_order
+from .structs import Field, Layout
+
+_HEADER_BYTES = ffi.sizeof("struct kvm_msrs")
+_ENTRY_BYTES = ffi.sizeof("struct kvm_msr_entry")
+_CHUNK_BYTES = _HEADER_BYTES + MAX_MSRS_PER_CALL * _ENTRY_BYTES
+_DATA_AT = ffi.offsetof("struct kvm_msr_entry", "data")
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """The MSRs of one call: where its ``struct kvm_msrs`` begins in the table, how many are in it, and how many of
+    them, from the first on, are written by a load and read back after it."""
+
+    at: int
+    nr_msrs: int
+    nr_written: int
+    nr_compared: int
+
+    @property
+    def entries_at(self) -> int:
+        return self.at + _HEADER_BYTES
+
+    @property
+    def compared_bytes(self) -> int:
+        return self.nr_compared * _ENTRY_BYTES
+
+
+class MsrTable:
+    """Where each of the MSRs ``indices`` lies in ``size_bytes`` of memory: first those that a load writes and reads
+    back all at once, then the others, which have steps of their own. ``layout`` has them in the order of ``indices``.
+    """
+
+    def __init__(self, indices: Sequence[int]) -> None:
+        written = [index for index in in_write_order(dict.fromkeys(indices, 0)) if index not in WALL_CLOCKS]
+        # Read back with those that are written: it stands already in a machine that has as many machine check banks.
+        compared = [*written, *(index for index in indices if index == IA32_MCG_CAP)]
+        self._order = (*dict.fromkeys([*compared, *indices]),)
+        self.compared_names = tuple(msr_name(index) for index in compared)
+        self.chunks = [
+            Chunk(n // MAX_MSRS_PER_CALL * _CHUNK_BYTES, *(_within(count, n) for count in counts))
+            for counts in [(len(self._order), len(written), len(compared))]
+            for n in range(0, len(self._order), MAX_MSRS_PER_CALL)
+        ]
+        self.size_bytes: int = len(self.chunks) * _CHUNK_BYTES
+        self._places = {index: self._place(n) for n, index in enumerate(self._order)}
+        fields = (Field(msr_name(i), lib.KMIG_FIELD_UNSIGNED, self._places[i] + _DATA_AT, 8) for i in indices)
+        self.layout = Layout(self.size_bytes, [*fields])
+
+    def _place(self, n: int) -> int:
+        chunk = self.chunks[n // MAX_MSRS_PER_CALL]
+        return chunk.entries_at + n % MAX_MSRS_PER_CALL * _ENTRY_BYTES
+
+    def init(self, table: Any) -> None:
+        """Write which MSRs are asked for to the memory at ``table``."""
+        for index in self._order:
+            self._entry(table, index).index = index
+        self.ask(table, [chunk.nr_msrs for chunk in self.chunks])
+
+    def ask(self, table: Any, counts: Sequence[int]) -> None:
+        """Let the call of each chunk be for so many of its MSRs."""
+        for chunk, count in zip(self.chunks, counts, strict=True):
+            ffi.cast("struct kvm_msrs *", table + chunk.at).nmsrs = count
+
+    def _entry(self, table: Any, index: int) -> Any:
+        return ffi.cast("struct kvm_msr_entry *", table + self._places[index])
+
+    def get(self, table: Any, index: int) -> int | None:
+        """The value of one MSR in the table at ``table``; None when it is not in it."""
+        return int(self._entry(table, index).data) if index in self._places else None
+
+    def values(self, table: Any) -> dict[int, int]:
+        """All of the table at ``table``."""
+        return {index: int(self._entry(table, index).data) for index in self._order}
+
+    def fill(self, table: Any, values: Mapping[int, int]) -> bool:
+        """Put ``values`` into the table at ``table``, if they are of just these MSRs."""
+        if values.keys() != self._places.keys():
+            return False
+        for index, value in values.items():
+            self._entry(table, index).data = value
+        return True
+
+
+@lru_cache(8)
+def table_of(indices: tuple[int, ...]) -> MsrTable:
+    """The table of ``indices``, which are the same for all vCPUs of most hosts."""
+    return MsrTable(indices)
+
+
+def _within(count: int, first: int) -> int:
+    """How many of the first ``count`` are in the chunk that begins with number ``first``."""
+    return max(min(count - first, MAX_MSRS_PER_CALL), 0)

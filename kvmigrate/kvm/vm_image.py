@@ -1,0 +1,83 @@
+"""The state of a VM beside its vCPUs in memory, as vcpu_image.py has that of a vCPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+
+from .._core import ffi, lib
+from ..errors import check
+from .clock import complete
+from .image import Image, Part
+from .steps import Outcome, Step, Steps
+from .structs import layout
+from .vm import CHIPS, Vm
+
+_IRQCHIP = "struct kvm_irqchip"
+_STRUCTS = {"pic_master": "pic_state", "pic_slave": "pic_state", "ioapic": "ioapic_state", "pit2": "pit_state2"}
+_CHIP_REQUESTS = (lib.KVM_GET_IRQCHIP, lib.KVM_SET_IRQCHIP)
+_PIT_REQUESTS = (lib.KVM_GET_PIT2, lib.KVM_SET_PIT2)
+
+
+class VmImage:
+    """The state of ``vm``: clock, timer and interrupt chips."""
+
+    def __init__(self, vm: Vm) -> None:
+        self._vm = vm
+        self.memory = Image(self._parts())
+        for item, chip_id in CHIPS.items():
+            self.memory.blank(item, f"{_IRQCHIP} *").chip_id = chip_id
+        self._clock = Steps([[(Step(vm.fd, lib.KVM_GET_CLOCK, self.memory.saved("clock")), 0)]])
+        items = ("pit2", *CHIPS)
+        self._save = Steps([[(Step(vm.fd, _requests(item)[0], self.memory.saved(item)), 0) for item in items]])
+        self._loads = lru_cache(4)(self._load_steps)
+
+    def _parts(self) -> Iterator[Part]:
+        clock = layout("clock_data")
+        yield Part("clock", clock.size_bytes, lib.KMIG_FIELD_STRUCT, clock)
+        yield Part("host_tsc", 8, lib.KMIG_FIELD_UNSIGNED)
+        for item, name in (("pit2", "pit_state2"), *((item, _STRUCTS[item]) for item in CHIPS)):
+            of = layout(name)
+            if item in CHIPS:
+                at = ffi.offsetof(_IRQCHIP, "chip")
+                yield Part(item, ffi.sizeof(_IRQCHIP), lib.KMIG_FIELD_STRUCT, of, at, of.size_bytes)
+            else:
+                yield Part(item, of.size_bytes, lib.KMIG_FIELD_STRUCT, of)
+
+    def save(self) -> bytes:
+        """Read the VM, whose vCPUs are parked: the body of its section, a msgpack map. Raises :class:`HostError`.
+
+        The clock comes first: it goes on while the vCPUs stand, and what passes until it is read is time that the guest
+        will find missing."""
+        self.memory.clear()
+        [clock] = self._clock.run()
+        check(clock.rc, "KVM_GET_CLOCK")
+        self.memory.saved("host_tsc", "__u64 *")[0] = complete(self.memory.saved("clock", "struct kvm_clock_data *"))
+        [chips] = self._save.run()
+        check(chips.rc, "reading the timer and the interrupt chips")
+        return self.memory.encode()
+
+    def load(self, items: Sequence[str]) -> list[Outcome]:
+        """Set the chips and the timer ``items``, one after another, and read each back right after it."""
+        return self._loads(tuple(items)).run()
+
+    def _load_steps(self, items: Sequence[str]) -> Steps:
+        return Steps([[*self._steps_of(item)] for item in items])
+
+    def _steps_of(self, item: str) -> Iterator[tuple[Step, int]]:
+        fd, (get, put) = self._vm.fd, _requests(item)
+        saved, held, part = self.memory.saved(item), self.memory.held(item), self.memory.parts[item]
+        yield Step(fd, put, saved), 0
+        yield Step(fd, get, held, held + part.offset, saved + part.offset, part.nr_wire_bytes), 0
+
+
+def _requests(item: str) -> tuple[int, int]:
+    return _PIT_REQUESTS if item == "pit2" else _CHIP_REQUESTS
+
+
+def image_of(vm: Vm) -> VmImage:
+    """The image of ``vm``."""
+    image: VmImage | None = vm.image
+    if image is None:
+        vm.image = image = VmImage(vm)
+    return image
