@@ -6,7 +6,6 @@ The command line adds names, a control socket and a terminal to these; a program
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Self
@@ -31,6 +30,7 @@ from .migration.checks import CheckResult
 from .migration.destination import Destination
 from .migration.source import Source
 from .migration.status import MigrationResult
+from .record import dataclass
 from .snapshot.load import restore as load_snapshot
 from .snapshot.save import SnapshotResult, take
 from .state.fidelity import Fidelity

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
 from .errors import ConfigError
+from .record import dataclass, field
 
 PAGE_BYTES = 4096
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from ..config import MAX_CMDLINE_BYTES, BootConfig
 from ..errors import ConfigError
 from ..memory.region import GuestMemory
+from ..record import dataclass
 from .detect import detect
 from .entry import EntryState
 from .flat import load_flat

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
 
+from ..record import dataclass
 from .image import Image
 from .plan import LoadPlan
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import stat
-from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import ConfigError
+from ..record import dataclass
 
 MAX_IMAGE_BYTES = 1 << 30
 

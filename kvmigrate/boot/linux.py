@@ -8,10 +8,10 @@ lies as high as initrd_addr_max and the hole at 3 GiB allow.
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
 
 from ..config import PAGE_BYTES
 from ..memory.layout import HOLE_START
+from ..record import dataclass
 from .acpi import place_acpi
 from .entry import EntryState, gdt, long_mode
 from .image import Image

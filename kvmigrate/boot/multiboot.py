@@ -9,8 +9,8 @@ structure gives mem_lower and mem_upper, the memory map, the command line exactl
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
 
+from ..record import dataclass
 from .elf import is_elf, parse_elf, place_elf
 from .entry import EntryState, gdt, protected_mode
 from .image import Image

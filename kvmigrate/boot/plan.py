@@ -5,11 +5,10 @@ The memory map that guests are told is made here too, so that what is loaded and
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from ..config import PAGE_BYTES
 from ..memory.layout import HOLE_START, slots_for
 from ..memory.region import GuestMemory
+from ..record import dataclass
 from .hardware import Hardware
 from .image import Image
 

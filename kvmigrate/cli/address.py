@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 from ..config import Address
+from ..record import replace
 
 
 def parse_address(text: str) -> Address:

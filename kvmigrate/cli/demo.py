@@ -13,12 +13,12 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 
 from ..config import parse_size
 from ..errors import GuestError, KvmigrateError
 from ..guests import path as guest_image
+from ..record import dataclass
 from . import show
 
 BEAT_MS = 5

@@ -6,12 +6,12 @@ import os
 import platform
 import resource
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ..control import runtime
 from ..errors import KvmigrateError
 from ..memory import huge
+from ..record import asdict, dataclass
 from . import show
 
 OK, WARN, FAIL = "ok", "warn", "fail"

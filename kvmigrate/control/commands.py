@@ -7,13 +7,13 @@ docs/qmp.md prints it. Handlers run in the control loop and never block it: what
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from ..config import Address, Compression, MigrationParameters, SnapshotParameters
 from ..contract import RunState
 from ..errors import ConfigError
+from ..record import replace
 from . import parameters as params
 from .qmp import COMPATIBLE_QEMU, QmpError
 from .schema import LIVE, Argument, Command, Kind

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from ..devices.end import CRASH, RESET, RESET_BUTTON, GuestEnd
 from ..errors import KvmigrateError
+from ..record import dataclass
 
 STATUS_ERROR, STATUS_MOVED, STATUS_STOPPED = 2, 6, 8
 REASONS = {CRASH: "guest-panic", RESET: "guest-reset", RESET_BUTTON: "host-qmp-system-reset"}

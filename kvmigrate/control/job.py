@@ -7,13 +7,13 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import SnapshotParameters
 from ..contract import Migratable
 from ..errors import Cancelled, KvmigrateError, StateError
+from ..record import asdict
 
 if TYPE_CHECKING:
     from ..precopy.converge import Decision

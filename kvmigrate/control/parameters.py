@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import replace
 from typing import Any
 
 from ..config import MAX_CONNECTIONS, Address, Compression, MigrationParameters
+from ..record import replace
 from .qmp import QmpError
 from .schema import Argument, Kind
 

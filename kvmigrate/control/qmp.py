@@ -10,8 +10,9 @@ import json
 import re
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, NoReturn
+
+from ..record import dataclass
 
 MAX_MESSAGE_BYTES = 1 << 20
 MAX_DEPTH = 64

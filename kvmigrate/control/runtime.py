@@ -21,11 +21,11 @@ import socket
 import stat
 import time
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 from ..config import NAME_PATTERN
 from ..errors import ConfigError, ControlError, HostError
+from ..record import dataclass
 
 MAX_SOCKET_PATH_BYTES = 107
 """What ``sun_path`` holds beside its final zero (unix(7))."""

@@ -6,11 +6,11 @@ Error texts and classes are those of QEMU's own argument checks, so that a clien
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Generic, TypeVar
 
 from ..contract import RunState
+from ..record import dataclass
 from .qmp import QmpError
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+
+from ..record import dataclass, replace
 
 POWEROFF = "poweroff"
 DEBUG_EXIT = "debug-exit"

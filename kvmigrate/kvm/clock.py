@@ -14,10 +14,10 @@ attempt to synchronise (Linux bf328e22e472). The formula is step 6 of Documentat
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
 from typing import Any
 
 from .._core import lib
+from ..record import dataclass, replace
 from ..state.fidelity import Fidelity
 from ..state.section import Fields, Value
 from .vm import Vm

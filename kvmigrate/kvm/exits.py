@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from .._core import ffi, lib
+from ..record import dataclass
 
 EXIT_IO: int = lib.KVM_EXIT_IO
 EXIT_MMIO: int = lib.KVM_EXIT_MMIO

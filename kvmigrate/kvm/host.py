@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cached_property
 
+from ..record import dataclass
 from ..state.section import Value
 
 CpuidEntry = dict[str, Value]

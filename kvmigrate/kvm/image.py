@@ -7,11 +7,11 @@ to nothing is left for the interpreter to do while no copy of the guest runs.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 from .._core import ffi, lib
 from ..errors import check
+from ..record import dataclass
 from .structs import Field, Layout
 
 _ALIGN_BYTES = 64

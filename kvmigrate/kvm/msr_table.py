@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 from .._core import ffi, lib
+from ..record import dataclass
 from .lists import MAX_MSRS_PER_CALL
 from .msr_names import IA32_MCG_CAP, msr_name
 from .msrs import WALL_CLOCKS, in_write_order

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from .._core import ffi, lib
+from ..record import dataclass
 
 
 @dataclass(frozen=True, slots=True)

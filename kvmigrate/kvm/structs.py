@@ -8,13 +8,13 @@ written as zero. Arrays of bytes become bytes, other arrays lists, nested struct
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate
 from typing import Any
 
 from .._core import ffi, lib
 from ..errors import BadField, check
+from ..record import dataclass
 from ..state.section import Value, pack, unpack
 
 _PADDING = ("pad", "reserved", "dummy")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from .._core import lib
+from ..record import dataclass
 from ..state.fidelity import Fidelity
 from . import msr_names as msr
 from .clock import ClockBase

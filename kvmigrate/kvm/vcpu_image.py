@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
 from .._core import ffi, lib
 from ..errors import BadField, HostError, check
+from ..record import replace
 from ..state.section import Value
 from .image import Image, Part
 from .msr_table import table_of

@@ -7,11 +7,11 @@ target/i386/kvm/kvm.c.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import lru_cache
 
 from .._core import lib
 from ..errors import BadField, HostError, check
+from ..record import dataclass
 from ..state.fidelity import Fidelity
 from ..state.section import Fields, Value, unpack
 from . import msr_names as msr

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +10,7 @@ import xxhash
 
 from ..config import BOOT_METHODS, MAX_CMDLINE_BYTES, MAX_MEMORY_BYTES, BootConfig
 from ..errors import BadField, ConfigError
+from ..record import dataclass, replace
 from ..state.section import Fields, Value
 
 if TYPE_CHECKING:

@@ -7,7 +7,6 @@ its own, which there is only then.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..config import BootConfig
@@ -15,6 +14,7 @@ from ..devices.end import GuestEnd
 from ..errors import BadField, ConfigError
 from ..kvm.msr_names import IA32_FEAT_CTL, msr_name
 from ..kvm.vm_state import load_state, save_state
+from ..record import dataclass
 from ..state.section import Section, require_version
 from .boot_source import BootSource
 from .generation import new_generation_id, read_generation

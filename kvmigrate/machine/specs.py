@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..config import DiskConfig, NetConfig, random_mac
 from ..errors import BadField, ConfigError
+from ..record import dataclass, replace
 from ..state.section import Fields, Value
 
 MAX_DEVICES = 14

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from ..config import DiskConfig
 from ..devices.backends import open_backend
@@ -20,6 +19,7 @@ from ..devices.virtio.transport import WINDOW_BYTES, VirtioDevice
 from ..errors import ConfigError
 from ..kvm.vm import Vm
 from ..memory.region import GuestMemory
+from ..record import dataclass
 from .specs import BALLOON, CONSOLE, MAX_DEVICES, VirtioSpec
 
 FIRST_GPA = 0xD000_0000

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import errno
-from dataclasses import dataclass
 from typing import Any, Self
 
 from .._core import ffi, lib
 from ..config import PAGE_BYTES, MemoryBackend
 from ..errors import ConfigError, StateError, check
+from ..record import dataclass
 from . import huge
 from .layout import slots_for
 

@@ -11,12 +11,12 @@ import time
 from array import array
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
 
 from .._core import ffi, lib
 from ..errors import BadField, ChannelError, PeerClosed, PeerTimeout, StreamError, TooLarge, UnexpectedFrame
 from ..memory.region import GuestMemory
+from ..record import dataclass
 from ..state.frame import (
     HEADER,
     MAX_PAYLOAD_BYTES,

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Self
 
 from ..config import PAGE_BYTES, Address
 from ..contract import Migratable, RunState
 from ..errors import BadField, Cancelled, KvmigrateError, StateError
+from ..record import dataclass
 from ..state.frame import HEADER, FrameKind
 from ..state.section import encode
 from . import wire

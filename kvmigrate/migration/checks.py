@@ -7,10 +7,10 @@ guest stays where it is, and the destination waits on for another.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
 from typing import Self
 
 from ..errors import BadField, MigrationError
+from ..record import asdict, dataclass
 from ..state.fidelity import Fidelity, Item, Verdict, show
 from ..state.section import Fields, Value, pack, unpack
 from .wire import MAX_SECTIONS, MAX_SECTIONS_BYTES, duration_ms, microseconds, one_line

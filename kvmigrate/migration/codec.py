@@ -26,10 +26,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 from ..precopy.converge import show_rate
 from ..precopy.rounds import Round
+from ..record import dataclass
 
 FAST_LINK = 1.25e9
 LEVELS = (1, 3)

@@ -7,11 +7,11 @@ What a delta run is stands in csrc/api/delta.h and in docs/wire-format.md.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, Self
 
 from .._core import ffi, lib
 from ..errors import BadField, check
+from ..record import dataclass
 from ..state.frame import FrameKind
 from ..state.section import Fields, pack, unpack
 

@@ -10,12 +10,12 @@ import os
 import threading
 import time
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from ..contract import Builder, Examiner, Migratable
 from ..errors import Cancelled, ChannelError, KvmigrateError, PeerFailed, StateError
+from ..record import dataclass
 from ..state.fidelity import Fidelity
 from ..state.frame import FrameKind
 from ..state.section import Value

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
 
 from ..config import MigrationParameters
 from ..contract import Migratable, RunState
 from ..errors import BadChecksum, MigrationError, PeerTimeout
 from ..precopy.ledger import Downtime
 from ..precopy.rounds import PreCopy
+from ..record import dataclass, replace
 from ..state.frame import HEADER, FrameKind, check_payload, decode_header, encode_frame
 from ..state.section import encode, pack
 from . import wire

@@ -6,11 +6,11 @@ once it listens there for pages. One that has pages of the last round says LAST 
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
 from typing import Self
 
 from ..config import MAX_CONNECTIONS, Address
 from ..errors import BadField, ChannelError, HostError
+from ..record import asdict, dataclass
 from ..state.frame import FrameKind
 from ..state.section import Fields, pack, unpack
 from .abort import Abort

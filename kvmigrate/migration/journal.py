@@ -17,14 +17,13 @@ What each state says to someone who finds the file, the process that wrote it be
 from __future__ import annotations
 
 import errno
-import json
 import os
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 
 from ..errors import BadField, HostError, StreamError
+from ..record import asdict, dataclass, replace
 from ..state.section import Fields
 
 MAX_JOURNAL_BYTES = 64 << 10
@@ -164,10 +163,14 @@ def _replace(fd: int, by: int) -> int:
 
 def _encode(record: Record) -> bytes:
     """As JSON, equally long in every state: blanks at the end make up for a shorter word."""
+    import json
+
     return json.dumps(asdict(record)).encode() + b" " * (_LONGEST_STATE - len(record.state))
 
 
 def _decode(data: bytes, where: str) -> Record:
+    import json
+
     try:
         value = json.loads(data) if len(data) <= MAX_JOURNAL_BYTES else None
     except (ValueError, RecursionError):

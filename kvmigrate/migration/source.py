@@ -14,7 +14,6 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -33,6 +32,7 @@ from ..errors import (
 from ..precopy.converge import Decision, Limits
 from ..precopy.ledger import RoundRecord
 from ..precopy.rounds import PreCopy
+from ..record import replace
 from ..state.frame import FrameKind
 from . import wire
 from .abort import Abort

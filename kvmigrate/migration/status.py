@@ -27,13 +27,13 @@ so much shorter than ``downtime``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Protocol
 
 from ..config import PAGE_BYTES
 from ..precopy.ledger import Downtime, RoundRecord
 from ..precopy.progress import ProgressView
+from ..record import dataclass, replace
 from ..state.section import Value
 from .checks import CheckResult
 from .zerocopy import References

@@ -74,12 +74,12 @@ not know. Frames of an unknown kind are skipped unless their mandatory bit is se
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
 from enum import Enum
 from typing import Self
 
 from ..config import MAX_CONNECTIONS
 from ..errors import BadField, BadVersion, KvmigrateError, PeerFailed
+from ..record import asdict, dataclass
 from ..state.frame import FrameKind
 from ..state.section import Fields, Value, pack, unpack
 

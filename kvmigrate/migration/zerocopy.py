@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import errno
 import resource
-from dataclasses import dataclass
 from pathlib import Path
 
 from .._core import lib
 from ..config import PAGE_BYTES, Address, MigrationParameters
 from ..errors import ConfigError, UnsupportedError, check
+from ..record import dataclass
 from ..state.section import Value
 
 CAP_IPC_LOCK = 14

@@ -22,10 +22,10 @@ within the limit. CONTINUE else, until ``max_rounds``: then SWITCH if the limit 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from enum import Enum
 
 from ..config import PAGE_BYTES
+from ..record import dataclass
 from .ledger import RoundRecord
 
 TINY_MS = 1.0

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 
 from ..config import PAGE_BYTES
+from ..record import asdict, dataclass
 from ..state.section import Value
 
 

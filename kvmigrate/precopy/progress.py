@@ -5,9 +5,9 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
 
 from ..config import PAGE_BYTES
+from ..record import dataclass, field, replace
 from .converge import FIXED_MS, Decision
 from .ledger import RoundRecord, Totals
 

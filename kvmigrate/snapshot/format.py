@@ -32,10 +32,10 @@ import itertools
 import sys
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 from ..config import MAX_MEMORY_BYTES, PAGE_BYTES
 from ..errors import BadField, BadVersion
+from ..record import dataclass
 from ..state.section import Fields, Value
 
 FORMAT = 1

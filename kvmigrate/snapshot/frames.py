@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 
 import xxhash
 import zstandard
@@ -12,6 +11,7 @@ from .._core import ffi, lib
 from ..config import PAGE_BYTES
 from ..errors import BadChecksum, BadField, StreamError, TooLarge, UnexpectedFrame
 from ..memory.region import GuestMemory
+from ..record import dataclass
 from ..state import frame
 from ..state.frame import FrameHeader, FrameKind
 from .format import MemoryIndex

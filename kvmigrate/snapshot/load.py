@@ -17,7 +17,6 @@ import time
 from array import array
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from .._core import ffi, lib
@@ -25,6 +24,7 @@ from ..config import MAX_MEMORY_BYTES, PAGE_BYTES, MemoryBackend
 from ..contract import Builder, Migratable
 from ..errors import BadChecksum, SnapshotError, StreamError, check
 from ..memory.region import STEP_PAGES, GuestMemory
+from ..record import dataclass
 from ..state.fidelity import Fidelity
 from ..state.section import Value
 from .format import RAW_FILE, extents

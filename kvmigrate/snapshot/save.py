@@ -16,7 +16,6 @@ import select
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -29,6 +28,7 @@ from ..precopy.converge import Decision, Limits
 from ..precopy.ledger import Downtime, RoundRecord, Totals
 from ..precopy.progress import Progress
 from ..precopy.rounds import PreCopy
+from ..record import dataclass
 from ..state.section import Section, Value
 from .format import STATE_FILE, ChunkHashes, IndexSlot, MemoryIndex
 from .sink import MemorySink, open_sink, write_all

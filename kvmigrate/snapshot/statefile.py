@@ -10,11 +10,11 @@ import stat
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from ..config import MAX_MEMORY_BYTES
 from ..errors import BadField, SnapshotError, StreamError, TooLarge, UnexpectedFrame
+from ..record import dataclass
 from ..state import frame, section
 from ..state.frame import FrameHeader, FrameKind
 from ..state.section import Fields, Section, Value

@@ -30,12 +30,12 @@ ownership changes hands (see ``migration/wire.py``).
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
 from enum import IntEnum
 
 import xxhash
 
 from ..errors import BadChecksum, BadMagic, TooLarge
+from ..record import dataclass
 
 HEADER = struct.Struct("<4sHHQQII")
 MAGIC = b"KVMG"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import compileall
 import signal
 import sys
 import time
@@ -58,6 +59,8 @@ def main() -> int:
     asked = arguments()
     # So that what runs is ended and the files are removed.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    # As an installed package is; where PYTHONDONTWRITEBYTECODE is set, every start would compile the sources anew.
+    compileall.compile_dir("kvmigrate", quiet=1)
     sys.setswitchinterval(1e-4)  # the threads that listen to heartbeats must not wait for each other
     if asked.small:
         make_small()

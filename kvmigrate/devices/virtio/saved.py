@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..._core import ffi, lib
 from ...errors import BadField
+from ...record import asdict, dataclass
 from ...state.section import Fields, Value
 from . import registers as reg
 
