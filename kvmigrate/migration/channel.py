@@ -26,7 +26,7 @@ from ..state.frame import (
     decode_header,
     encode_frame,
 )
-from ..state.section import Value, pack
+from ..state.section import Section, Value, decode, pack
 from .abort import Abort
 from .wire import Failed
 from .zerocopy import enable
@@ -96,7 +96,6 @@ class Channel:
         self.broken = False
         """A send failed, maybe inside a frame: nothing more can be said to the peer."""
         self._sent: Any = ffi.new("uint32_t *")
-        self._ahead = memoryview(b"")
         self._incoming: Any = ffi.new("struct kmig_incoming *")
         self._zero_copy: Any = ffi.NULL
 
@@ -184,14 +183,26 @@ class Channel:
             if frame is not None:
                 return frame
 
-    def read_ahead(self, size_bytes: int) -> None:
-        """Read the next ``size_bytes``, whose size the caller has checked, in one piece; frames come out of it then."""
-        self._ahead = memoryview(self._recv_exact(size_bytes, self._deadline(None), SPIN_US))
-
-    def end_of_read_ahead(self) -> None:
-        """Raise :class:`BadField` unless the frames so far were exactly what was read ahead."""
-        if self._ahead:
-            raise BadField(f"{len(self._ahead)} bytes are left of the sections that were announced")
+    def recv_sections(self, nr_frames: int, size_bytes: int) -> list[Section]:
+        """The next ``nr_frames``, which must be SECTIONs and take ``size_bytes`` with their headers, both of which the
+        caller has checked: read in one piece, since a guest may be waiting."""
+        data = memoryview(self._recv_exact(size_bytes, self._deadline(None), SPIN_US))
+        sections: list[Section] = []
+        at = 0
+        for _ in range(nr_frames):
+            begin = at + HEADER.size
+            header = decode_header(data[at:begin]) if begin <= size_bytes else None
+            if header is None or header.length > size_bytes - begin:
+                raise BadField("the sections take more bytes than were announced for them")
+            self._count(header)
+            if header.kind != FrameKind.SECTION:
+                raise unexpected(Frame(header.kind), "receiving sections")
+            at = begin + header.length
+            check_payload(header, data[begin:at])
+            sections.append(decode(data[begin:at]))
+        if at < size_bytes:
+            raise BadField(f"{size_bytes - at} bytes are left of the sections that were announced")
+        return sections
 
     def recv_bytes(self, size_bytes: int) -> bytes:
         """Raw bytes inside a frame whose size the caller has checked."""
@@ -284,11 +295,6 @@ class Channel:
         self.check(rc)
 
     def _recv_exact(self, size_bytes: int, deadline: float, spin_us: int = 0) -> bytes:
-        if self._ahead:
-            taken, self._ahead = self._ahead[:size_bytes], self._ahead[size_bytes:]
-            if len(taken) < size_bytes:
-                raise BadField("the sections take more bytes than were announced for them")
-            return bytes(taken)
         data = bytearray(size_bytes)
         left_ms = max(int((deadline - time.monotonic()) * 1e3), 0)
         view = ffi.from_buffer(data)

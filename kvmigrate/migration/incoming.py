@@ -11,7 +11,7 @@ from ..errors import BadChecksum, BadField
 from ..memory.prefault import Prefault
 from ..state.fidelity import Fidelity
 from ..state.frame import FrameKind
-from ..state.section import Section, Value, decode
+from ..state.section import Section, Value
 from . import wire
 from .blackout import Stopwatch, quiet_interpreter
 from .channel import Channel, Frame, unexpected
@@ -31,7 +31,6 @@ class State(Enum):
     GREETED = "waiting for CONFIG"
     BUILT = "waiting for CHECK"
     RECEIVING = "receiving pages"
-    SECTIONS = "receiving sections"
     LOADED = "receiving the last pages"
     READY = "waiting for COMMIT"
     COMMITTED = "the guest runs here already"
@@ -62,8 +61,6 @@ class Incoming:
         self._further = Further(channel, self._allowed_flags)
         self._quiet = ExitStack()
         self._prefault: Prefault | None = None
-        self._sections: list[Section] = []
-        self._sections_due = 0
         self._load_ms = 0.0
         self._spin = False
         self._autostart = True
@@ -184,17 +181,11 @@ class Incoming:
             return State.RECEIVING
         self._stop_prefault()
         self._quiet.enter_context(quiet_interpreter())
-        self._sections_due = round_.sections
-        self._channel.read_ahead(round_.sections_bytes)
-        return State.SECTIONS
+        return self._load(self._channel.recv_sections(round_.sections, round_.sections_bytes))
 
-    def _section(self, frame: Frame) -> State:
-        self._sections.append(decode(frame.payload))
-        if len(self._sections) < self._sections_due:
-            return State.SECTIONS
-        self._channel.end_of_read_ahead()
+    def _load(self, sections: list[Section]) -> State:
         watch = Stopwatch()
-        self.fidelity = self._built().load(self._sections)
+        self.fidelity = self._built().load(sections)
         self.fidelity.require()
         self._further.loaded()
         self._load_ms = watch.lap()
@@ -245,7 +236,6 @@ STEPS: Mapping[tuple[State, int], Callable[[Incoming, Frame], State]] = {
     (State.RECEIVING, FrameKind.OFFER): Incoming._offer,
     (State.RECEIVING, FrameKind.PAGES): Incoming._pages,
     (State.RECEIVING, FrameKind.ROUND): Incoming._round,
-    (State.SECTIONS, FrameKind.SECTION): Incoming._section,
     (State.LOADED, FrameKind.PAGES): Incoming._pages,
     (State.LOADED, FrameKind.END): Incoming._end,
     (State.READY, FrameKind.COMMIT): Incoming._commit,

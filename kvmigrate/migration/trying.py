@@ -19,7 +19,7 @@ from ..errors import (
 )
 from ..state.fidelity import Fidelity
 from ..state.frame import FrameKind
-from ..state.section import Section, Value, decode, unpack
+from ..state.section import Section, Value, unpack
 from . import wire
 from .blackout import Stopwatch
 from .channel import Channel, Frame, expect
@@ -47,9 +47,7 @@ def answer_check(
     """Take the sections that the CHECK ``frame`` announces, try them, say CHECKED, and ``discard`` the trial. Raises
     :class:`StreamError` and :class:`ChannelError`; that this host cannot hold the state is no error but the answer."""
     check = Check.from_payload(frame.payload)
-    channel.read_ahead(check.sections_bytes)
-    sections = [decode(expect(channel, FrameKind.SECTION).payload) for _ in range(check.sections)]
-    channel.end_of_read_ahead()
+    sections = channel.recv_sections(check.sections, check.sections_bytes)
     watch = Stopwatch()
     trial = _make(make_trial)
     try:

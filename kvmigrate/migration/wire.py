@@ -34,10 +34,9 @@ The receiver's table. A pair that is not in it is an :class:`UnexpectedFrame` th
     RECEIVING   RESIDENT  RECEIVING
     RECEIVING   OFFER     RECEIVING      once
     RECEIVING   PAGES     RECEIVING
-    RECEIVING   ROUND     RECEIVING      LOADING when it announces sections
-    LOADING     SECTION   LOADING
-    LOADING     PAGES     LOADING        once all announced sections have come
-    LOADING     END       READY          the same
+    RECEIVING   ROUND     RECEIVING      LOADED when it announces sections: with the SECTION frames that it announces
+    LOADED      PAGES     LOADED
+    LOADED      END       READY
     READY       COMMIT    COMMITTED
     COMMITTED   DONE      over
     any before COMMITTED  FAILED         over: the source gave up, for the reason in it
