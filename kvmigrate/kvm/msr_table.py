@@ -45,8 +45,9 @@ class MsrTable:
 
     def __init__(self, indices: Sequence[int]) -> None:
         written = [index for index in in_write_order(dict.fromkeys(indices, 0)) if index not in WALL_CLOCKS]
-        # Read back with those that are written: it stands already in a machine that has as many machine check banks.
-        compared = [*written, *(index for index in indices if index == IA32_MCG_CAP)]
+        # Read back with those that are written, for they are right already: in a machine with as many machine check
+        # banks, and in one that nobody has asked for the time.
+        compared = [*written, *(index for index in indices if index == IA32_MCG_CAP or index in WALL_CLOCKS)]
         self._order = (*dict.fromkeys([*compared, *indices]),)
         self.compared_names = tuple(msr_name(index) for index in compared)
         self.chunks = [
@@ -84,6 +85,10 @@ class MsrTable:
     def values(self, table: Any) -> dict[int, int]:
         """All of the table at ``table``."""
         return {index: int(self._entry(table, index).data) for index in self._order}
+
+    def set(self, table: Any, index: int, value: int) -> None:
+        """Change one MSR that is in the table at ``table``."""
+        self._entry(table, index).data = value
 
     def fill(self, table: Any, values: Mapping[int, int]) -> bool:
         """Put ``values`` into the table at ``table``, if they are of just these MSRs."""

@@ -103,13 +103,18 @@ def load_msrs(vcpu: Vcpu, saved: Mapping[int, int], fidelity: Fidelity, where: s
     compare_msrs(vcpu, wanted, refused, fidelity, where)
 
 
+def drop_wall_clocks(saved: Mapping[int, int], fidelity: Fidelity, where: str) -> frozenset[str]:
+    """Leave out a request for the time: KVM would answer it once more. Returns the names of those that were."""
+    asked = {msr_name(index): value for index, value in saved.items() if index in WALL_CLOCKS and value}
+    for name, value in asked.items():
+        fidelity.dropped(f"{where}.{name}", value, "a request that KVM answered when it was written")
+    return frozenset(asked)
+
+
 def load_wall_clocks(vcpu: Vcpu, saved: Mapping[int, int], fidelity: Fidelity, where: str) -> None:
-    """Leave out a request for the time: KVM would answer it once more. There may be one that has to go."""
-    for index, value in saved.items():
-        if value:
-            why = "a request that KVM answered when it was written"
-            fidelity.dropped(f"{where}.{msr_name(index)}", value, why)
-    none = {index: 0 for index, value in saved.items() if not value}
+    """The same, and take a request away that the vCPU has of its own."""
+    drop_wall_clocks(saved, fidelity, where)
+    none = {index: 0 for index, value in saved.items() if index in WALL_CLOCKS and not value}
     if none:
         compare_msrs(vcpu, none, set(vcpu.set_msrs(none)), fidelity, where)
 
@@ -119,7 +124,7 @@ def compare_msrs(vcpu: Vcpu, wanted: Mapping[int, int], refused: Iterable[int], 
     (a read-only MSR of equal hosts), dropped when it is absent and was at its reset value, else refused."""
     held = vcpu.get_msrs(wanted)
     if held == wanted:
-        fidelity.all_exact(f"{where}.{msr_name(index)}" for index in wanted)
+        fidelity.all_exact(where, [msr_name(index) for index in wanted])
         return
     for index, value in wanted.items():
         name = f"{where}.{msr_name(index)}"

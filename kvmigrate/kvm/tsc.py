@@ -63,7 +63,7 @@ def load_tsc(vcpu: Vcpu, saved: SavedTsc, base: ClockBase, fidelity: Fidelity, w
 def _wanted_offset(vcpu: Vcpu, saved: SavedTsc, base: ClockBase) -> int | None:
     """None where the TSC can only be set by its MSR: no such attribute, here or there, or a scaled TSC, of which the
     offset is in other cycles than the host's."""
-    if saved.offset is None or not vcpu.has_tsc_offset():
+    if saved.offset is None or not vcpu.has_tsc_offset:
         return None
     scaled = vcpu.get_tsc_khz() != vcpu.native_tsc_khz
     return None if scaled else base.moved_offset(saved.offset, saved.khz)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 from .._core import ffi, lib
@@ -283,6 +284,7 @@ class Vcpu:
         attr.addr = int(ffi.cast("uintptr_t", box))
         return lib.kmig_ioctl(self.fd, request, attr), int(box[0])
 
+    @cached_property
     def has_tsc_offset(self) -> bool:
         """Whether the kernel has the attribute KVM_VCPU_TSC_OFFSET (Linux 5.16)."""
         return self._tsc_offset(lib.KVM_HAS_DEVICE_ATTR, 0)[0] == 0

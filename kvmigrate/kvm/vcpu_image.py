@@ -13,7 +13,7 @@ from ..record import replace
 from ..state.section import Value
 from .image import Image, Part
 from .msr_table import table_of
-from .msrs import indices_to_save
+from .msrs import WALL_CLOCKS, indices_to_save
 from .steps import Outcome, Step, Steps
 from .structs import Layout, layout, packed
 from .vcpu import REQUESTS, Vcpu
@@ -31,7 +31,7 @@ class VcpuImage:
         self.sregs = "sregs2" if vcpu.host.has_sregs2 else "sregs"
         self._nr_xcrs = int(vcpu.get_xcrs()["nr_xcrs"])
         self.has_nested_state = vcpu.host.nested_state_bytes > 0
-        self.has_tsc_offset = vcpu.has_tsc_offset()
+        self.has_tsc_offset = vcpu.has_tsc_offset
         self.memory = Image(self._parts())
         self._make_blank()
         self._save = Steps([[*self._save_steps()]])
@@ -129,6 +129,13 @@ class VcpuImage:
         except BadField:
             return False
         return self._saved_nr_xcrs() == self._nr_xcrs
+
+    def ask_no_time(self) -> None:
+        """Take requests for the time, which KVM has answered, out of what is to be found after a load."""
+        table = self.memory.saved("msrs")
+        for index in WALL_CLOCKS:
+            if self.msrs.get(table, index):
+                self.msrs.set(table, index, 0)
 
     def load(self, items: Sequence[str]) -> list[Outcome]:
         """Set ``items``, of :data:`STRUCTS`, one after another as they were taken, and read each back right after it.

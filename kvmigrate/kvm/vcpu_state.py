@@ -19,7 +19,7 @@ from .clock import ClockBase
 from .cpuid import compare_cpuid, parse_cpuid
 from .host import CpuidEntry
 from .lapic import compare_lapic
-from .msrs import WALL_CLOCKS, load_msrs, load_wall_clocks, parse_msrs
+from .msrs import WALL_CLOCKS, drop_wall_clocks, load_msrs, load_wall_clocks, parse_msrs
 from .steps import Outcome
 from .structs import layout
 from .tsc import SavedTsc, load_tsc, load_tsc_deadline, load_tsc_khz
@@ -81,6 +81,7 @@ def _taken(
     offset = memory.saved("tsc_offset", "__u64 *")[0] if image.has_tsc_offset else None
     apart = (*WALL_CLOCKS, msr.IA32_TSC, msr.IA32_TSC_DEADLINE)
     msrs = {index: value for index in apart if (value := image.msrs.get(table, index)) is not None}
+    image.ask_no_time()
     odd = frozenset(() if image.has_nested_state else ("nested_state",))
     return ParsedVcpu(cpuid, cpuid_packed, image, SavedTsc(khz, msrs.get(msr.IA32_TSC, 0), offset), msrs, odd)
 
@@ -106,6 +107,7 @@ def _filled(
             image.memory.fill(key, data)
     if not image.msrs.fill(image.memory.saved("msrs"), msrs):
         odd.add("msrs")
+    image.ask_no_time()
     return ParsedVcpu(cpuid, cpuid_packed, image, tsc, msrs, frozenset(odd), packed[sregs], nested)
 
 
@@ -185,23 +187,27 @@ class _Loader:
 
     def _msrs_written(self, exact: bool, where: str) -> None:
         """The MSRs that have no step of their own stand in the vCPU; or some do not, and each is set and judged."""
-        image = self.parsed.image
+        table = self.parsed.image.msrs
         if exact:
-            self.fidelity.all_exact(f"{where}.{name}" for name in image.msrs.compared_names)
+            dropped = drop_wall_clocks(self.parsed.msrs, self.fidelity, where)
+            names = table.compared_names
+            self.fidelity.all_exact(where, [name for name in names if name not in dropped] if dropped else names)
+            self._tsc(where)
         else:
-            load_msrs(self.vcpu, image.msrs.values(image.memory.saved("msrs")), self.fidelity, where)
-        self._other_msrs(where)
+            self._each_msr(table.values(self.parsed.image.memory.saved("msrs")), where)
 
     def _msrs(self, where: str) -> None:
-        load_msrs(self.vcpu, self.parsed.msrs, self.fidelity, where)
-        self._other_msrs(where)
+        self._each_msr(self.parsed.msrs, where)
 
-    def _other_msrs(self, where: str) -> None:
+    def _each_msr(self, msrs: Mapping[int, int], where: str) -> None:
+        load_msrs(self.vcpu, msrs, self.fidelity, where)
+        load_wall_clocks(self.vcpu, self.parsed.msrs, self.fidelity, where)
+        self._tsc(where)
+
+    def _tsc(self, where: str) -> None:
         """The TSC after the other MSRs, TSC_DEADLINE after the TSC."""
-        msrs = self.parsed.msrs
-        load_wall_clocks(self.vcpu, {i: msrs[i] for i in WALL_CLOCKS if i in msrs}, self.fidelity, where)
         off = load_tsc(self.vcpu, self.parsed.tsc, self.base, self.fidelity, where)
-        load_tsc_deadline(self.vcpu, msrs, off, self.fidelity, where)
+        load_tsc_deadline(self.vcpu, self.parsed.msrs, off, self.fidelity, where)
 
     def _cpuid(self, where: str) -> None:
         parsed, vcpu = self.parsed, self.vcpu

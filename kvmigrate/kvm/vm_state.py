@@ -128,6 +128,6 @@ def _judge_pit(image: VmImage, fidelity: Fidelity) -> None:
             fidelity.adjusted(f"pit2.channels[{number}].count_load_time", began, now, why)
             other.count_load_time = began
     if image.memory.saved_bytes("pit2") == image.memory.held_bytes("pit2"):
-        fidelity.all_exact(("pit2.flags", *(f"pit2.channels[{number}]" for number in range(len(saved.channels)))))
+        fidelity.all_exact("pit2", ("flags", *(f"channels[{number}]" for number in range(len(saved.channels)))))
     else:
         _compare(image, "pit2", layout("pit_state2"), fidelity)

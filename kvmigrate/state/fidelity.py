@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from enum import StrEnum
 
 from ..errors import RestoreRefused
@@ -38,13 +38,16 @@ class Fidelity:
 
     def __init__(self) -> None:
         self._exact: list[str] = []
+        self._groups: list[tuple[str, Collection[str]]] = []
         self._other: list[Item] = []
 
     def exact(self, name: str) -> None:
         self._exact.append(name)
 
-    def all_exact(self, names: Iterable[str]) -> None:
-        self._exact.extend(names)
+    def all_exact(self, where: str, names: Collection[str]) -> None:
+        """The items ``names`` of ``where``: their whole names are made when somebody asks for them, since a vCPU has
+        two hundred and a guest waits."""
+        self._groups.append((where, names))
 
     def adjusted(self, name: str, saved: Value, read_back: Value, why: str) -> None:
         self._other.append(Item(name, Verdict.ADJUSTED, saved, read_back, why))
@@ -67,6 +70,7 @@ class Fidelity:
 
     def merge(self, other: Fidelity) -> None:
         self._exact += other._exact
+        self._groups += other._groups
         self._other += other._other
 
     def __iter__(self) -> Iterator[Item]:
@@ -76,12 +80,13 @@ class Fidelity:
     def counts(self) -> dict[str, int]:
         """How many items have each verdict, all four keys always there."""
         found = Counter(item.verdict for item in self._other)
-        return {Verdict.EXACT.value: len(self._exact)} | {
+        nr_exact = len(self._exact) + sum(len(names) for _, names in self._groups)
+        return {Verdict.EXACT.value: nr_exact} | {
             verdict.value: found[verdict] for verdict in Verdict if verdict is not Verdict.EXACT
         }
 
     def exact_names(self) -> list[str]:
-        return list(self._exact)
+        return [*self._exact, *(f"{where}.{name}" for where, names in self._groups for name in names)]
 
     def require(self) -> None:
         """Raise :class:`RestoreRefused` for the first refused item: nothing may run then."""

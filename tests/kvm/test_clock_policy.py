@@ -89,7 +89,7 @@ def test_the_guests_clock_never_goes_back_over_many_moves() -> None:
 
 def test_vcpus_with_one_tsc_offset_get_one_again() -> None:
     with tiny(2) as source, tiny(2) as target:
-        if not all(vcpu.has_tsc_offset() for vcpu in source.vm.vcpus):
+        if not all(vcpu.has_tsc_offset for vcpu in source.vm.vcpus):
             pytest.skip("this kernel has no KVM_VCPU_TSC_OFFSET")
         saved = over_the_wire(save_state(source.vm))
         for body in saved[1]:
