@@ -1,4 +1,7 @@
-"""All of one vCPU's state in memory: read by one call, set and read back by another, and the wire's map in between."""
+"""All of one vCPU's state in memory: read by one call, set and read back by another, and the wire's map in between.
+
+Source of a rule: [fc] Firecracker, src/vmm/src/vstate/vcpu.
+"""
 
 from __future__ import annotations
 

@@ -24,17 +24,11 @@ from .steps import Outcome
 from .structs import layout
 from .tsc import SavedTsc, load_tsc, load_tsc_deadline, load_tsc_khz
 from .vcpu import Vcpu
-from .vcpu_image import STRUCTS, VcpuImage, image_of, save_image
+from .vcpu_image import STRUCTS, VcpuImage, image_of
 from .xsave import compare_xsave, parse_xsave
 
 MAX_NESTED_BYTES = 64 << 10
 _MAX_KHZ = 100_000_000
-
-
-def save_vcpu(vcpu: Vcpu) -> dict[str, Value]:
-    """The state of ``vcpu``, which must be parked, as a dict with its CPUID. Raises :class:`HostError`."""
-    body: dict[str, Value] = unpack(save_image(vcpu), f"vcpu{vcpu.id}")
-    return body | {"cpuid": vcpu.cpuid}
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +41,7 @@ class ParsedVcpu:
     image: VcpuImage
     tsc: SavedTsc
     msrs: Mapping[int, int]
-    """All MSRs when they are odd, else those that have steps of their own."""
+    """All MSRs, or at least those that have steps of their own."""
     odd: frozenset[str] = frozenset()
     sregs: bytes = b""
     nested_state: bytes | None = None
@@ -112,7 +106,8 @@ def _filled(
 
 
 def parse_xcrs(value: dict[str, Value], where: str) -> bytes:
-    """Check what :func:`trim_xcrs` left. Raises :class:`BadField`."""
+    """Check the extended control registers that there are, of the 16 that the struct has room for. Raises
+    :class:`BadField`."""
     fields = Fields(value, where)
     flags = fields.integer("flags", 0, 0)
     nr_xcrs = fields.integer("nr_xcrs", 0, lib.KVM_MAX_XCRS)

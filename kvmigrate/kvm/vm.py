@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from typing import Any
 
 from .._core import ffi, lib
@@ -40,6 +41,8 @@ class Vm:
         self.group = VcpuGroup()
         self.image: Any = None
         """Made by vm_image.py, for itself."""
+        self.images_in_use = threading.Lock()
+        """Held while the images of the VM and its vCPUs hold somebody's state."""
         self._enable_full_state()
 
     def _enable_full_state(self) -> None:

@@ -10,20 +10,24 @@ from ..state.section import Value, unpack
 from . import vcpu_image
 from .clock import ParsedClock, load_clock, parse_clock
 from .structs import Layout, layout, packed
+from .vcpu import Vcpu
 from .vcpu_image import save_image
-from .vcpu_state import load_vcpu, parse_vcpu, save_vcpu
+from .vcpu_state import load_vcpu, parse_vcpu
 from .vm import CHIPS, Vm, chip_layout
 from .vm_image import VmImage, image_of
 
 CHIP_ORDER = ("pic_master", "pic_slave", "ioapic", "pit2")
-"""Steps 3 and 4 of :func:`load_state`, which is a rule."""
+"""Steps 3 and 4 of :func:`_load_state`, which is a rule."""
 
 
 def save_state(vm: Vm) -> tuple[dict[str, Value], list[dict[str, Value]]]:
     """The kernel's whole state of a VM whose vCPUs are parked, as dicts: the VM's body, and one per vCPU with its
     CPUID. Raises :class:`HostError`."""
-    body: dict[str, Value] = unpack(image_of(vm).save(), "vm")
-    return body, [save_vcpu(vcpu) for vcpu in vm.vcpus]
+    body, vcpus = pack_state(vm)
+    bodies = [
+        unpack(packed_vcpu, "a vCPU") | {"cpuid": vcpu.cpuid} for vcpu, packed_vcpu in zip(vm.vcpus, vcpus, strict=True)
+    ]
+    return unpack(body, "vm"), bodies
 
 
 def pack_state(vm: Vm) -> tuple[bytes, list[bytes]]:
@@ -32,8 +36,16 @@ def pack_state(vm: Vm) -> tuple[bytes, list[bytes]]:
     The chips come before the vCPUs' local APICs: the timer goes on ticking, and an interrupt that it raises in between
     is then in the local APIC that is saved after it. The other way round it would be in neither, or a level-triggered
     line would wait for ever for the end of an interrupt that no local APIC knows of."""
-    body = image_of(vm).save()
-    return body, [save_image(vcpu) for vcpu in vm.vcpus]
+    with vm.images_in_use:
+        body = image_of(vm).save()
+        return body, [save_image(vcpu) for vcpu in vm.vcpus]
+
+
+def pack_part(vm: Vm, vcpu: Vcpu | None = None) -> bytes:
+    """One of the bodies of :func:`pack_state`: that of ``vcpu``, which must be parked, or of the VM. Raises
+    :class:`HostError`."""
+    with vm.images_in_use:
+        return image_of(vm).save() if vcpu is None else save_image(vcpu)
 
 
 def prepare(vm: Vm) -> None:
@@ -64,7 +76,18 @@ def load_state(
     maps or msgpack; the CPUID of each vCPU is in its own, or in ``cpuids``.
 
     Raises :class:`BadField` or :class:`RestoreRefused` when the bodies cannot be right, before anything is set. Refused
-    items are in the result. The order is a rule:
+    items are in the result.
+    """
+    if cpuids is None:
+        vcpu_bodies, cpuids = _apart(vcpu_bodies)
+    with vm.images_in_use:
+        return _load_state(vm, body, vcpu_bodies, cpuids, count_downtime)
+
+
+def _load_state(
+    vm: Vm, body: Value, vcpu_bodies: Sequence[Value], cpuids: Sequence[Value], count_downtime: bool
+) -> Fidelity:
+    """The order is a rule:
 
     1. The clock: every vCPU's TSC is set relative to it.
     2. The vCPUs, with their local APICs.
@@ -76,8 +99,6 @@ def load_state(
     if len(vcpu_bodies) != len(vm.vcpus):
         fidelity.refused("nr_vcpus", len(vcpu_bodies), len(vm.vcpus), "the machine has another number of vCPUs")
         return fidelity
-    if cpuids is None:
-        vcpu_bodies, cpuids = _apart(vcpu_bodies)
     states = [parse_vcpu(*saved) for saved in zip(vm.vcpus, vcpu_bodies, cpuids, strict=True)]
     base = load_clock(vm, clock, fidelity, count_downtime=count_downtime)
     for tsc in () if clock.stable else [state.tsc for state in states]:

@@ -11,8 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
-from ..kvm.vcpu_image import save_image
-from ..kvm.vm_image import image_of
+from ..kvm.vm_state import pack_part
 from ..state.section import Section
 from .cpus import PAUSE_TIMEOUT_MS
 from .platform import Platform
@@ -44,10 +43,10 @@ class Sampler:
     def sample(self) -> list[Section]:
         """The sections. Raises :class:`HostError`."""
         vm = self._platform.vm
-        sections = [Section("vm", VERSION, image_of(vm).save())]
+        sections = [Section("vm", VERSION, pack_part(vm))]
         for vcpu in vm.vcpus:
             with self._standing_still():
-                body = save_image(vcpu)
+                body = pack_part(vm, vcpu)
             sections.append(Section(f"vcpu{vcpu.id}", VERSION, body))
         devices = self._platform.devices
         bodies = {name: device.sample() for name, device in devices.items() if device.samples_alone}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -87,6 +88,25 @@ def test_what_the_long_way_took_lies_where_the_short_way_puts_it(source: TinyVm,
     apart = {"tsc_khz", "tsc_offset", "nested_state"}
     assert {key: long[key] for key in long.keys() - apart} == {key: short[key] for key in short.keys() - apart}
     assert parsed.tsc.khz == int.from_bytes(short["tsc_khz"], "little")
+
+
+def test_who_looks_at_the_state_meanwhile_is_in_no_loads_way(source: TinyVm, target: TinyVm) -> None:
+    body, [vcpu] = pack_state(source.vm)
+    saved, over = vm_state.save_state(source.vm), threading.Event()
+
+    def look() -> None:
+        while not over.is_set():
+            pack_state(target.vm)
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    try:
+        for _ in range(200):
+            loaded(target, body, vcpu, target.cpu.cpuid).require()
+    finally:
+        over.set()
+        looking.join()
+    assert oracle(saved, target) == []
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])

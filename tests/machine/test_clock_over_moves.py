@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 import time
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 from kvmigrate.api import Received, receive, send
 from kvmigrate.boot import acpi
+from kvmigrate.errors import HostError
 from kvmigrate.machine.machine import Machine
 
 from .boot_sector import HANG, machine_with
@@ -30,6 +32,17 @@ def behind_ns(machine: Machine) -> int:
     return min(pairs)[1]
 
 
+def sent(machine: Machine, address: str, directory: Path) -> float:
+    """For how many milliseconds the guest stood when it was sent, as soon as somebody listens."""
+    while True:
+        try:
+            return send(machine, address, journal_dir=directory).downtime_ms
+        except HostError as error:
+            if error.errno not in (errno.ENOENT, errno.ECONNREFUSED):
+                raise
+            time.sleep(0.01)
+
+
 def move(machine: Machine, directory: Path, number: int) -> tuple[Machine, float]:
     """Where the guest is now, and for how many milliseconds it stood."""
     got: list[Received] = []
@@ -38,11 +51,9 @@ def move(machine: Machine, directory: Path, number: int) -> tuple[Machine, float
     def take() -> None:
         got.append(receive(address, name=f"x{number}", journal_dir=directory))
 
-    thread = threading.Thread(target=take)
+    thread = threading.Thread(target=take, daemon=True)
     thread.start()
-    while not (directory / str(number)).exists():
-        time.sleep(0.01)
-    downtime_ms = send(machine, address, journal_dir=directory).downtime_ms
+    downtime_ms = sent(machine, address, directory)
     thread.join()
     machine.close()
     return got[0].machine, downtime_ms
