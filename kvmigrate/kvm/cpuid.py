@@ -9,8 +9,7 @@ from ..state.fidelity import Fidelity
 from ..state.section import Value
 from .cpuid_names import WORDS, Word, bit_name
 from .host import CpuidEntry
-from .lists import MAX_CPUID_ENTRIES
-from .structs import layout
+from .lists import MAX_CPUID_ENTRIES, pack_cpuid
 
 _VMX = 1 << 5
 _SVM = 1 << 2
@@ -103,15 +102,14 @@ def _topology(apic_id: int, nr_cpus: int) -> list[CpuidEntry]:
     ]
 
 
-def parse_cpuid(value: Value, held: list[CpuidEntry], where: str) -> tuple[list[CpuidEntry], list[bytes]]:
-    """Check saved CPUID entries, which are hostile: as dicts, and as structs to set, none when ``held`` is the same
-    already. Raises :class:`BadField`."""
+def parse_cpuid(value: Value, held: list[CpuidEntry], where: str) -> tuple[list[CpuidEntry], bytes]:
+    """Check saved CPUID entries, which are hostile: as dicts, and as :func:`pack_cpuid` makes them, or nothing when
+    ``held`` is the same already. Raises :class:`BadField`."""
     if held and value == held:
-        return held, []
+        return held, b""
     if type(value) is not list or not 1 <= len(value) <= MAX_CPUID_ENTRIES:
         raise BadField(f"{where}: expected a list of 1 to {MAX_CPUID_ENTRIES} entries")
-    entry = layout("cpuid_entry2")
-    packed = [entry.pack(item, f"{where}[{n}]") for n, item in enumerate(value)]
+    packed = pack_cpuid(value, where)
     leaves = [(item["function"], item["index"]) for item in value]
     if len(set(leaves)) != len(leaves):
         raise BadField(f"{where}: an entry comes twice")

@@ -11,7 +11,7 @@ from typing import Any
 from .._core import ffi, lib
 from ..errors import check
 from ..state.section import Value
-from .structs import layout
+from .structs import Field, Layout, layout
 
 MAX_CPUID_ENTRIES = 256
 _MAX_INDICES = 4096
@@ -34,22 +34,31 @@ def read_indices(fd: int, request: int, what: str) -> list[int]:
 
 def read_cpuid(fd: int, request: int, what: str) -> list[dict[str, Value]]:
     """The CPUID entries that ``request`` returns: function, index, flags, eax, ebx, ecx, edx."""
-    entry = layout("cpuid_entry2")
-    buffer = ffi.new("char[]", _CPUID_HEADER + entry.size_bytes * MAX_CPUID_ENTRIES)
+    buffer = ffi.new("char[]", _cpuid_table(MAX_CPUID_ENTRIES).size_bytes)
     found = ffi.cast("struct kvm_cpuid2 *", buffer)
     found.nent = MAX_CPUID_ENTRIES
     check(lib.kmig_ioctl(fd, request, buffer), what)
-    data = ffi.buffer(buffer)
-    return [entry.unpack(data, _CPUID_HEADER + n * entry.size_bytes) for n in range(found.nent)]
+    entries: list[dict[str, Value]] = _cpuid_table(found.nent).unpack(ffi.buffer(buffer))["entries"]
+    return entries
 
 
-def write_cpuid(fd: int, packed: Sequence[bytes]) -> None:
-    """KVM_SET_CPUID2 with entries that were packed by their layout."""
-    data = b"".join(packed)
-    buffer = ffi.new("char[]", _CPUID_HEADER + len(data))
-    ffi.cast("struct kvm_cpuid2 *", buffer).nent = len(packed)
-    ffi.memmove(buffer + _CPUID_HEADER, data, len(data))
-    check(lib.kmig_ioctl(fd, lib.KVM_SET_CPUID2, buffer), "KVM_SET_CPUID2")
+def pack_cpuid(entries: Sequence[Value], where: str) -> bytes:
+    """The argument of KVM_SET_CPUID2 for ``entries``, which are hostile. Raises :class:`BadField`."""
+    table = bytearray(_cpuid_table(len(entries)).pack({"entries": list(entries)}, where))
+    ffi.cast("struct kvm_cpuid2 *", ffi.from_buffer(table)).nent = len(entries)
+    return bytes(table)
+
+
+def write_cpuid(fd: int, table: bytes) -> None:
+    """KVM_SET_CPUID2 with what :func:`pack_cpuid` made."""
+    check(lib.kmig_ioctl(fd, lib.KVM_SET_CPUID2, ffi.from_buffer(table)), "KVM_SET_CPUID2")
+
+
+@lru_cache(16)
+def _cpuid_table(nr_entries: int) -> Layout:
+    entry = layout("cpuid_entry2")
+    entries = Field("entries", lib.KMIG_FIELD_STRUCT, _CPUID_HEADER, entry.size_bytes, nr_entries, of=entry)
+    return Layout(_CPUID_HEADER + nr_entries * entry.size_bytes, [entries])
 
 
 @cache

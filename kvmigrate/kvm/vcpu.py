@@ -13,7 +13,7 @@ from ..errors import check
 from ..state.section import Value
 from .breakpoints import debug_registers
 from .host import CpuidEntry, Host
-from .lists import read_cpuid, read_msrs, write_cpuid, write_msrs
+from .lists import pack_cpuid, read_cpuid, read_msrs, write_cpuid, write_msrs
 from .structs import layout
 
 RUN_EXIT: int = lib.KMIG_RUN_EXIT
@@ -249,11 +249,10 @@ class Vcpu:
 
     def set_cpuid2(self, entries: Sequence[Value]) -> None:
         """Set what CPUID tells the guest; only before the vCPU first runs (the kernel refuses later changes)."""
-        entry = layout("cpuid_entry2")
-        self.set_cpuid2_packed([entry.pack(e, f"vcpu{self.id}.cpuid[{n}]") for n, e in enumerate(entries)])
+        self.set_cpuid2_packed(pack_cpuid(entries, f"vcpu{self.id}.cpuid"))
 
-    def set_cpuid2_packed(self, packed: Sequence[bytes]) -> None:
-        """Set CPUID from entries that their layout made, and keep in ``cpuid`` what the kernel made of them: it does
+    def set_cpuid2_packed(self, packed: bytes) -> None:
+        """Set CPUID from what :func:`pack_cpuid` made, and keep in ``cpuid`` what the kernel made of it: that does
         not change any more but for bits that follow the guest's own control registers. Which MSRs there are does."""
         write_cpuid(self.fd, packed)
         self.cpuid = self.get_cpuid2()

@@ -37,7 +37,7 @@ class ParsedVcpu:
     be set; the items ``odd`` do not, and are set one by one: ``sregs`` and ``nested_state`` from here."""
 
     cpuid: list[CpuidEntry]
-    cpuid_packed: list[bytes]
+    cpuid_packed: bytes
     image: VcpuImage
     tsc: SavedTsc
     msrs: Mapping[int, int]
@@ -63,7 +63,7 @@ def parse_vcpu(vcpu: Vcpu, body: Value, cpuid: Value) -> ParsedVcpu:
 
 
 def _taken(
-    vcpu: Vcpu, image: VcpuImage, cpuid: list[CpuidEntry], cpuid_packed: list[bytes], where: str
+    vcpu: Vcpu, image: VcpuImage, cpuid: list[CpuidEntry], cpuid_packed: bytes, where: str
 ) -> ParsedVcpu:
     """What has the shape of this host's own state: the ranges are left to be checked."""
     memory, table = image.memory, image.memory.saved("msrs")
@@ -81,7 +81,7 @@ def _taken(
 
 
 def _filled(
-    vcpu: Vcpu, image: VcpuImage, fields: Fields, cpuid: list[CpuidEntry], cpuid_packed: list[bytes], where: str
+    vcpu: Vcpu, image: VcpuImage, fields: Fields, cpuid: list[CpuidEntry], cpuid_packed: bytes, where: str
 ) -> ParsedVcpu:
     """What was saved on a host with other MSRs, an older kernel, another CPU; or cannot be right."""
     image.memory.clear()
