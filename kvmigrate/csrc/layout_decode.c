@@ -256,6 +256,8 @@ static int take_struct(struct reader *in, const struct kmig_layout *layout, uint
     uint64_t count;
     uint32_t rc = take_head(in, 0x80, 0xde, &count), nr_seen = 0;
 
+    if (!rc && layout->nr_fields > KMIG_MAX_FIELDS)
+        rc = KMIG_MAP_LENGTH;
     if (rc)
         return fail(error, rc, outer);
     memset(seen, 0, layout->nr_fields);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import msgpack
@@ -145,6 +146,14 @@ def test_a_blob_that_says_it_is_longer_than_its_room_is_not_written() -> None:
     data = bytearray(decoded(msgpack.packb(GOOD)))
     data[64:68] = (33).to_bytes(4, "little")
     assert lib.kmig_layout_encode(OUTER.handle, ffi.from_buffer(data), ffi.new("char[]", 4096), 4096) < 0
+
+
+def test_a_struct_of_more_fields_than_there_is_room_for_is_refused() -> None:
+    for nr_fields, fits in ((lib.KMIG_MAX_FIELDS, True), (lib.KMIG_MAX_FIELDS + 1, False)):
+        of = Layout(nr_fields, [Field(f"f{n}", lib.KMIG_FIELD_UNSIGNED, n, 1) for n in range(nr_fields)])
+        packed, data = of.encode(ffi.from_buffer(bytes(nr_fields))), bytearray(nr_fields)
+        with nullcontext() if fits else pytest.raises(BadField, match="here: the wrong length"):
+            of.decode(packed, ffi.from_buffer(data), "here")
 
 
 @given(room=st.integers(0, 200))

@@ -22,7 +22,7 @@ struct kmig_field {
 
 struct kmig_layout {
     const struct kmig_field *field; // in the order in which they are written
-    uint32_t nr_fields;        // KMIG_MAX_FIELDS at most
+    uint32_t nr_fields;        // more than KMIG_MAX_FIELDS are not taken out of a map
     uint32_t size_bytes;
 };
 
