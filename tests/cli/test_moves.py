@@ -101,7 +101,7 @@ def test_without_a_copy_the_result_says_what_it_brought(host: Host) -> None:
         sent = host("send", "one", address, "--zerocopy")
         assert sent.status == 0
         # Over the loopback, so that it brings nothing.
-        assert re.search(r"^zero-copy: copied by the kernel anyway: (\d+) of \1 sends", sent.out, re.MULTILINE), (
+        assert re.search(r"^zero-copy: copied by the kernel anyway: [1-9]\d* of \d+ sends", sent.out, re.MULTILINE), (
             sent.out
         )
         runs_on(host, "two")

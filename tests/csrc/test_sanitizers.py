@@ -1,4 +1,4 @@
-"""The C core under AddressSanitizer and UndefinedBehaviorSanitizer, driven by the tests of memory and devices."""
+"""The C core under AddressSanitizer and UndefinedBehaviorSanitizer: the tests of memory, devices and state drive it."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ LEFT_OUT = "bandwidth or untouched or while_rounds_run or counters_can"
 RUNS = {
     "memory": ["tests/memory", "-k", f"not ({LEFT_OUT})"],
     "devices": ["tests/devices/virtio", "tests/devices/test_serial.py"],
+    "state": [f"tests/kvm/test_{name}.py" for name in ("layouts", "structs", "images")],
 }
 
 
@@ -47,14 +48,14 @@ def env() -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def results(sanitized: Path, env: dict[str, str]) -> Iterator[dict[str, Future[subprocess.CompletedProcess[str]]]]:
-    """Both runs at once: each keeps little more than one processor busy."""
+    """All runs at once: each keeps little more than one processor busy."""
     with ThreadPoolExecutor(len(RUNS)) as pool:
         yield {name: pool.submit(run_pytest, sanitized, arguments, env, 180) for name, arguments in RUNS.items()}
 
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", RUNS)
-def test_the_tests_of_memory_and_devices_find_no_fault_under_the_sanitizers(
+def test_the_tests_of_memory_devices_and_state_find_no_fault_under_the_sanitizers(
     results: dict[str, Future[subprocess.CompletedProcess[str]]], name: str
 ) -> None:
     result = results[name].result()

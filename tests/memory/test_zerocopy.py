@@ -123,8 +123,9 @@ def test_every_page_arrives_and_every_send_is_reported(source: GuestMemory, fami
         link.reap()
         sends, copied, refused = link.counts
         assert sends >= 1200 // CHUNK and refused == 0
-        # Over the loopback the kernel copies in the end, as its documentation says.
-        assert copied == sends == link.zerocopy.reported
+        # Over the loopback the kernel copies in the end, as its documentation says; of reports that it joins it says of
+        # all what it said of the first.
+        assert 0 < copied <= sends == link.zerocopy.reported
         assert link.reap() == 0
 
 

@@ -72,7 +72,7 @@ def test_a_writing_guest_arrives_whole(tmp_path: Path, receive: Receive, connect
     )  # fmt: skip
     found = references(outcome)
     assert found.sends > 0
-    assert found.copied == found.sends, "over the loopback the kernel copies in the end"
+    assert 0 < found.copied <= found.sends, "over the loopback the kernel copies in the end"
     arrived(receiving, machine)
     check_no_files(tmp_path)
     machine.close()
