@@ -14,7 +14,8 @@ IGNORED = shutil.ignore_patterns("*.so", "__pycache__", "_core.c", "*.o")
 
 
 def build(directory: Path, cflags: str) -> Path:
-    """Copy the package and the tests of memory, devices and state to ``directory``; build the C core there with ``cflags``."""
+    """Copy the package and the tests of memory, devices and state to ``directory``; build the C core there with
+    ``cflags``."""
     for name in ("kvmigrate", "tests/memory", "tests/devices", "tests/kvm"):
         shutil.copytree(ROOT / name, directory / name, ignore=IGNORED)
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "tests/__init__.py", "tests/backends.py"):
