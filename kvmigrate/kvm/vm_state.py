@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from ..errors import BadField, HostError, check
 from ..state.fidelity import Fidelity
 from ..state.section import Value, unpack
-from . import vcpu_image
 from .clock import ParsedClock, load_clock, parse_clock
 from .structs import Layout, layout, packed
 from .vcpu import Vcpu
@@ -46,13 +45,6 @@ def pack_part(vm: Vm, vcpu: Vcpu | None = None) -> bytes:
     :class:`HostError`."""
     with vm.images_in_use:
         return image_of(vm).save() if vcpu is None else save_image(vcpu)
-
-
-def prepare(vm: Vm) -> None:
-    """Make what saving and loading a VM needs that has never run, while nobody waits. Raises :class:`HostError`."""
-    image_of(vm)
-    for vcpu in vm.vcpus:
-        vcpu_image.image_of(vcpu)
 
 
 def parse_vm(vm: Vm, body: Value) -> ParsedClock:

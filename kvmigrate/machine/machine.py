@@ -14,7 +14,6 @@ from ..devices.power import NEW_GENERATION, POWER_BUTTON
 from ..errors import ConfigError, KvmigrateError, StateError
 from ..kvm.cpuid import guest_cpuid
 from ..kvm.system import System
-from ..kvm.vm_state import prepare
 from ..memory.dirty import DirtyLog, LogMode
 from ..memory.region import GuestMemory
 from ..state.fidelity import Fidelity
@@ -274,8 +273,6 @@ class Machine:
     def rehearse(self) -> None:
         """See :meth:`Migratable.rehearse`."""
         rehearse()
-        if self._runstate.state is RunState.INMIGRATE:
-            prepare(self.platform.vm)
         # What the disks' files have in the page cache must be on the storage before the locks go: most of it now.
         self.platform.virtio.flush()
 

@@ -13,9 +13,9 @@ from ..config import BootConfig
 from ..devices.end import GuestEnd
 from ..errors import BadField, ConfigError
 from ..kvm.msr_names import IA32_FEAT_CTL, msr_name
-from ..kvm.vm_state import load_state, save_state
+from ..kvm.vm_state import load_state, pack_state
 from ..record import dataclass
-from ..state.section import Section, require_version
+from ..state.section import Section, Value, require_version, unpack
 from .boot_source import BootSource
 from .generation import new_generation_id, read_generation
 from .loading import load_image
@@ -44,7 +44,8 @@ class PowerOn:
     def __init__(self, platform: Platform, source: BootSource | None) -> None:
         self._platform = platform
         self._source = source
-        self._vm, self._vcpus = save_state(platform.vm)
+        self._vm, self._vcpus = pack_state(platform.vm)
+        self._cpuids = [vcpu.cpuid for vcpu in platform.vm.vcpus]
 
     def read(self) -> Boot:
         """What the guest boots, for :meth:`restore`; the guest may run. Raises :class:`ConfigError` when it is not here
@@ -62,27 +63,28 @@ class PowerOn:
         # Devices first, for they let go of their interrupt lines, which the chips would take down.
         for device in self._platform.devices.values():
             device.reset()
-        self._leave_modes()
-        self._load()
+        bodies = [unpack(body, "a vCPU") for body in self._vcpus]
+        self._leave_modes(bodies)
+        self._load(bodies)
         # Memory after the vCPUs: until its MSRs say otherwise, the kernel writes into the guest's memory that one is
         # preempted, whenever it leaves it (Linux, kvm_steal_time_set_preempted).
         memory.clear()
         load_image(self._platform, boot.config, boot.files, generation)
 
-    def _leave_modes(self) -> None:
+    def _leave_modes(self, bodies: Sequence[Value]) -> None:
         """Bring vCPUs that have run to where their state can be set as that of new ones."""
-        for vcpu, body in zip(self._platform.vm.vcpus, self._vcpus, strict=True):
+        for vcpu, body in zip(self._platform.vm.vcpus, bodies, strict=True):
             # Takes an INIT or SIPI that waits, which would else be taken on top of the new state.
             vcpu.get_mp_state()
             # Ends nested virtualisation on Intel, in which the kernel refuses CR4 without VMXE (Linux, vmx_set_msr).
             if (control := body["msrs"].get(msr_name(IA32_FEAT_CTL))) is not None:
                 vcpu.set_msrs({IA32_FEAT_CTL: control})
 
-    def _load(self) -> None:
+    def _load(self, bodies: Sequence[Value]) -> None:
         vm = self._platform.vm
         # The rate is the guest's own, of the host on which it began, and CPUID tells of it.
-        bodies = [body | {"tsc_khz": vcpu.get_tsc_khz()} for vcpu, body in zip(vm.vcpus, self._vcpus, strict=True)]
-        load_state(vm, self._vm, bodies).require()
+        timed = [body | {"tsc_khz": vcpu.get_tsc_khz()} for vcpu, body in zip(vm.vcpus, bodies, strict=True)]
+        load_state(vm, self._vm, timed, self._cpuids).require()
 
 
 def pending_section() -> Section:
