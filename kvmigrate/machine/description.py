@@ -12,15 +12,14 @@ from pathlib import Path
 
 from ..config import MAX_CPUS, MAX_MEMORY_BYTES, MIN_MEMORY_BYTES, HostSide, MachineConfig
 from ..errors import BadField, ConfigError, RestoreRefused
+from ..kvm.lists import MAX_CPUID_ENTRIES, pack_cpuid
 from ..memory.layout import slots_for
 from ..record import dataclass, replace
 from ..state.section import Fields, Value
 from .boot_source import BootSource, read_boot_source
 from .specs import MAX_DEVICES, VirtioSpec, read_specs, specs_for, with_console, with_disks, with_nets, with_new_macs
 
-MAX_CPUID_ENTRIES = 256
 _UUID = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
-_CPUID_FIELDS = ("function", "index", "flags", "eax", "ebx", "ecx", "edx")
 CpuidTable = list[dict[str, int]]
 
 
@@ -123,12 +122,9 @@ class Description:
 def _cpuid_table(value: Value) -> CpuidTable:
     if not isinstance(value, list) or len(value) > MAX_CPUID_ENTRIES:
         raise BadField(f"description: a CPUID table is a list of at most {MAX_CPUID_ENTRIES} entries")
-    table = []
-    for row in value:
-        fields = Fields(row, "description: cpuid")
-        table.append({name: fields.integer(name, 0, 0xFFFFFFFF) for name in _CPUID_FIELDS})
-        fields.done()
-    return table
+    # Which checks every row for exactly the fields, each within its range.
+    pack_cpuid(value, "description: cpuid")
+    return value
 
 
 def _devices(value: dict[str, Value]) -> dict[str, int]:
