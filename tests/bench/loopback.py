@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .goals import Goal, Group, Plan
 from .lineage import Variant
-from .moves import OURS, OVER, PREPARED, moves
+from .moves import OURS, OVER, PREPARED, TOUCHED, moves
 from .qemu import QemuVariant
 from .sizes import HALF_ZERO, RESERVE_MIB, TEXT, filled, untouched, writing
 
@@ -49,7 +49,7 @@ def idle(_: Path) -> Iterator[Group]:
 @contextmanager
 def blackout(_: Path) -> Iterator[Group]:
     """The same guest, moved often enough for a distribution."""
-    variants: list[Variant] = [QemuVariant(4, 1), QemuVariant(0, 1), *OURS]
+    variants: list[Variant] = [QemuVariant(4, 1), QemuVariant(0, 1), *TOUCHED]
     goals = [
         Goal("idle: blackout p50", "blackout ms", 2, "p50", None),
         Goal("idle: blackout p99", "blackout ms", 5, "p99", None),
@@ -75,7 +75,7 @@ def empty(_: Path) -> Iterator[Group]:
 @contextmanager
 def text(_: Path) -> Iterator[Group]:
     """1 GiB of data that shrinks like a text."""
-    variants: list[Variant] = [QemuVariant(0), QemuVariant(4), QemuVariant(4, zstd=True), *OURS]
+    variants: list[Variant] = [QemuVariant(0), QemuVariant(4), QemuVariant(4, zstd=True), *TOUCHED]
     with moves("Idle guest with 1 GiB of text-like data, loopback", filled(1024, TEXT), variants) as group:
         yield group
 
@@ -83,7 +83,7 @@ def text(_: Path) -> Iterator[Group]:
 @contextmanager
 def zeros(_: Path) -> Iterator[Group]:
     """1 GiB of which every second page was written with zeros."""
-    variants: list[Variant] = [QemuVariant(0), QemuVariant(4), *OURS]
+    variants: list[Variant] = [QemuVariant(0), QemuVariant(4), *TOUCHED]
     title = "Idle guest with 1 GiB of which half the pages are zero, loopback"
     with moves(title, filled(1024, HALF_ZERO), variants, once=True) as group:
         yield group
@@ -111,7 +111,7 @@ def _hot(hot_mib: int, _: Path) -> Iterator[Group]:
         QemuVariant(0, xbzrle=True),
         QemuVariant(4),
         QemuVariant(4, 1),
-        *OURS,
+        *TOUCHED,
     ]
     goals = [
         Goal(f"hot {hot_mib} MiB: blackout p50", "blackout ms", 3, "p50", None),
@@ -127,7 +127,7 @@ def _hot_at(hot_mib: int, speed: int, _: Path) -> Iterator[Group]:
     title = f"Guest with 1 GiB of which {hot_mib} MiB are rewritten at {speed} MiB/s, loopback"
     variants: list[Variant] = [QemuVariant(4)]
     variants += [QemuVariant(4, 1)] if speed < SPEEDS_MIB_S[-1] else []
-    with moves(title, writing(hot_mib, speed), [*variants, *OURS], timeout_s=HOT_TIMEOUT_S) as group:
+    with moves(title, writing(hot_mib, speed), [*variants, *TOUCHED], timeout_s=HOT_TIMEOUT_S) as group:
         yield group
 
 

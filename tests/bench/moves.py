@@ -18,8 +18,9 @@ TIMEOUT_S = 30.0
 MOVE_FIGURES = ["total ms", "blackout ms"]
 OURS = [OurVariant()]
 """kvmigrate's rows; a way to move that must be asked for is one more."""
-PREPARED = [*OURS, OurVariant("prefault", prefault=True)]
-"""With a destination that was told the guest's size beforehand."""
+TOUCHED = [OurVariant("prefault", prefault=True)]
+"""With a destination that was told the guest's size beforehand, as QEMU's rows with prealloc are."""
+PREPARED = [*OURS, *TOUCHED]
 OVER = [OurVariant(f"prefault, {n} connection{'s' * (n > 1)}", {"multifd-channels": n}, prefault=True) for n in (1, 4)]
 """The same over another number of connections than by default."""
 
