@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from .._core import ffi, lib
-from ..errors import check
+from .._core import ffi
 from ..record import dataclass
 from .structs import Field, Layout
 
@@ -54,7 +53,6 @@ class Image:
         self._held: Any = ffi.new("char[]", size_bytes)
         self._blank: Any = ffi.new("char[]", size_bytes)
         self._layout = Layout(size_bytes, [self._field(part) for part in self.parts.values()])
-        self._out = bytearray(self._layout.most_bytes)
 
     def _field(self, part: Part) -> Field:
         at = self._places[part.key]
@@ -92,9 +90,7 @@ class Image:
 
     def encode(self) -> bytes:
         """What was saved as a msgpack map. Raises :class:`HostError` for a blob that is longer than there is room."""
-        out = ffi.from_buffer(self._out)
-        rc = lib.kmig_layout_encode(self._layout.handle, self._saved, out, len(self._out))
-        return bytes(memoryview(self._out)[: check(rc, "the kernel's state as msgpack")])
+        return self._layout.encode(self._saved)
 
     def decode(self, packed: bytes, where: str) -> None:
         """Fill it from the msgpack map ``packed``, which is hostile: exactly the parts, as :meth:`Layout.decode` has

@@ -50,9 +50,9 @@ class MsrTable:
         compared = [*written, *(index for index in indices if index == IA32_MCG_CAP or index in WALL_CLOCKS)]
         self._order = (*dict.fromkeys([*compared, *indices]),)
         self.compared_names = tuple(msr_name(index) for index in compared)
+        counts = len(self._order), len(written), len(compared)
         self.chunks = [
             Chunk(n // MAX_MSRS_PER_CALL * _CHUNK_BYTES, *(_within(count, n) for count in counts))
-            for counts in [(len(self._order), len(written), len(compared))]
             for n in range(0, len(self._order), MAX_MSRS_PER_CALL)
         ]
         self.size_bytes: int = len(self.chunks) * _CHUNK_BYTES
@@ -95,7 +95,7 @@ class MsrTable:
         if values.keys() != self._places.keys():
             return False
         for index, value in values.items():
-            self._entry(table, index).data = value
+            self.set(table, index, value)
         return True
 
 

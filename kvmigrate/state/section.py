@@ -115,7 +115,7 @@ def _without_body(data: bytes | memoryview) -> tuple[bytes, Fields]:
         for _ in range(reader.read_map_header()):
             key = reader.unpack()
             if key in others or (key == "body" and body):
-                raise BadField(f"section: field {key!r} comes twice")
+                raise BadField(f"section: field {key!r:.80} comes twice")
             if key == "body":
                 begin = reader.tell()
                 reader.skip()

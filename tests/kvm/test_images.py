@@ -141,6 +141,17 @@ def test_an_msr_that_the_kernel_does_not_take_is_named_and_the_others_are_set(so
     assert target.cpu.get_msrs([STAR]) == source.cpu.get_msrs([STAR]) != {STAR: 0}
 
 
+def test_a_guest_that_asked_for_the_time_takes_the_short_way_too(
+    source: TinyVm, target: TinyVm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As every Linux does, once."""
+    assert not source.cpu.set_msrs({lib.MSR_KVM_WALL_CLOCK_NEW: 0x1000})
+    body, [vcpu] = pack_state(source.vm)
+    monkeypatch.delattr("kvmigrate.kvm.vcpu_state.load_msrs")
+    found = not_exact(loaded(target, body, vcpu, source.cpu.cpuid))
+    assert found["vcpu0.msrs.MSR_KVM_WALL_CLOCK_NEW"] is Verdict.DROPPED
+
+
 def test_a_struct_that_the_kernel_does_not_take_is_named_and_the_rest_is_set(source: TinyVm, target: TinyVm) -> None:
     body, [vcpu] = pack_state(source.vm)
     state = unpack(vcpu, "a vCPU")
