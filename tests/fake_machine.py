@@ -55,6 +55,8 @@ class FakeMachine:
         self.name = name
         self.uuid = str(uuid.uuid4())
         self.faults = Faults()
+        self.warmed_in: list[RunState] = []
+        """The run state at each :meth:`warm_up`."""
         self.nr_resumes = 0
         self.nr_pauses = 0
         self.nr_samples = 0
@@ -102,10 +104,11 @@ class FakeMachine:
         return machine
 
     def warm_up(self) -> None:
-        pass
+        """Nothing here is slower the first time, but it is to be called while the guest runs."""
+        self.warmed_in.append(self._runstate)
 
     def rehearse(self) -> None:
-        """Nothing here is slower the first time."""
+        """The same, and it does not matter when."""
 
     def pause(self, reason: RunState) -> None:
         self.faults.hit("pause")

@@ -78,6 +78,18 @@ def test_the_frames_are_those_of_the_specification(
     assert proxy.seen == {"out": OUT, "back": BACK}
 
 
+def test_both_sides_warm_up_before_the_guest_has_to_wait(
+    tmp_path: Path, source_machine: FakeMachine, receive: Receive
+) -> None:
+    receiving = receive()
+    outcome = migrate(source_machine, receiving.address, tmp_path)
+    settled(receiving)
+    assert outcome.result is not None and receiving.machine is not None
+    assert source_machine.warmed_in == [RunState.RUNNING], "once, right before the pause"
+    nr_rounds = len(outcome.result.rounds) - 1
+    assert receiving.machine.warmed_in == [RunState.INMIGRATE] * nr_rounds, "before it answers for each, but the last"
+
+
 def test_a_page_written_while_saving_arrives(tmp_path: Path, source_machine: FakeMachine, receive: Receive) -> None:
     receiving = receive()
     migrate(source_machine, receiving.address, tmp_path)
