@@ -113,6 +113,8 @@ def _apart(bodies: Sequence[Value]) -> tuple[list[Value], list[Value]]:
 def load_chips(vm: Vm, fidelity: Fidelity) -> None:
     """Set what :func:`parse_vm` took, in :data:`CHIP_ORDER`, and judge what was read back."""
     image = image_of(vm)
+    for name, saved, lowered in image.lower_pit_line():
+        fidelity.adjusted(name, saved, lowered, "the PIT's line was up for the moment of a tick")
     for item, outcome in zip(CHIP_ORDER, image.load(CHIP_ORDER), strict=True):
         try:
             check(outcome.rc, f"KVM_SET of {item}")

@@ -6,6 +6,8 @@ import pytest
 
 from kvmigrate.kvm import exits
 from kvmigrate.kvm.vcpu import Vcpu
+from kvmigrate.kvm.vm_state import load_state, save_state
+from kvmigrate.state.fidelity import Verdict
 
 from .tiny import TinyVm, tiny, wait_until
 
@@ -85,8 +87,6 @@ def test_an_interrupt_line_reaches_the_guest_through_the_in_kernel_chips() -> No
 
 
 def test_an_interrupt_that_came_while_paused_is_in_what_was_saved() -> None:
-    from kvmigrate.kvm.vm_state import load_state, save_state
-
     with tiny() as source, tiny() as target:
         through_the_pic(source)
         source.start()
@@ -103,6 +103,52 @@ def test_an_interrupt_that_came_while_paused_is_in_what_was_saved() -> None:
         target.group.resume()
         wait_until(lambda: answered(target))
         assert not answered(source)
+
+
+# mov al,0x34; out 0x43,al; mov al,0x9c; out 0x40,al; mov al,0x2e; out 0x40,al; sti; jmp $: channel 0 at 100 Hz
+TICK = "b034e643 b09ce640b02ee640 fb ebfe"
+# inc dword [0x500]; mov al,0x20; out 0x20,al; iret
+COUNT = "66ff060005 b020e620 cf"
+
+
+def nr_ticks(vm: TinyVm) -> int:
+    return int.from_bytes(vm.memory.read(0x500, 4), "little")
+
+
+def ticking(vm: TinyVm) -> None:
+    """Run a guest that counts its timer's interrupts, until there are some; leave it paused."""
+    with_handler(vm, 0x20, TICK)
+    vm.memory.write(HANDLER, bytes.fromhex(COUNT))
+    vm.vm.set_irqchip(0, vm.vm.get_irqchip(0) | {"irq_base": 0x20, "imr": 0xFE, "init4": 1})
+    vm.start()
+    vm.group.resume()
+    wait_until(lambda: nr_ticks(vm) > 3)
+    vm.group.pause()
+
+
+@pytest.mark.parametrize("register", ["pic_master.last_irr", "ioapic.irr"])
+def test_the_timer_goes_on_in_a_guest_that_was_saved_in_the_middle_of_a_tick(register: str) -> None:
+    with tiny() as source, tiny() as target:
+        ticking(source)
+        body, vcpus = save_state(source.vm)
+        chip, name = register.split(".")
+        body[chip] = dict(body[chip]) | {name: body[chip][name] | 1}
+        target.memory.write(0, source.memory.read(0, source.memory.size_bytes))
+        fidelity = load_state(target.vm, body, vcpus)
+        fidelity.require()
+        assert register in [item.name for item in fidelity if item.verdict is Verdict.ADJUSTED]
+        before = nr_ticks(target)
+        target.start()
+        target.group.resume()
+        wait_until(lambda: nr_ticks(target) > before + 3)
+
+
+def test_what_is_saved_shows_no_half_of_a_tick() -> None:
+    with tiny() as vm:
+        for chip, name in ((0, "last_irr"), (2, "irr")):
+            vm.vm.set_irqchip(chip, vm.vm.get_irqchip(chip) | {name: 0b101})
+        body, _ = save_state(vm.vm)
+        assert (body["pic_master"]["last_irr"], body["ioapic"]["irr"]) == (0b100, 0b100)
 
 
 def test_an_nmi_reaches_a_halted_guest() -> None:
