@@ -18,6 +18,9 @@ from types import TracebackType
 from kvmigrate.state.frame import HEADER, FrameKind, decode_header
 
 CHUNK_BYTES = 1 << 16
+PAGES_BEGIN = struct.Struct("<IIQ")  # runs, flags, bytes of data
+PAGES_RUN = struct.Struct("<QII")  # gfn, pages, kind
+ZERO = 1
 NOTHING = struct.pack("ii", 1, 0)  # SO_LINGER: close with a reset
 
 
@@ -33,8 +36,9 @@ class Action(Enum):
 
 @dataclass
 class Strike:
-    """At the first frame of ``kind`` but ``skip``, once a frame of ``after`` has come by if there is one. ``call`` (for
-    :attr:`Action.CALL`) does something to ``victim``.
+    """At the first frame of ``kind``, once a frame of ``after`` has come by if there is one; of PAGES the first whose
+    last page with data is in ``gfns``, if they are given. ``call`` (for :attr:`Action.CALL`) does something to
+    ``victim``.
 
     ``down``: from then on no new connection is let through either, until :meth:`Proxy.mend`. ``further``: only on a
     further connection of the migration; otherwise only PAGES are struck there too.
@@ -42,7 +46,7 @@ class Strike:
 
     kind: FrameKind
     action: Action
-    skip: int = 0
+    gfns: range | None = None
     down: bool = False
     further: bool = False
     after: FrameKind | None = None
@@ -127,19 +131,23 @@ class Proxy:
         self.kinds.append(kind)
         if kind is FrameKind.JOIN:
             joined.set()
+        gfn = None
+        if kind is FrameKind.PAGES:
+            table, gfn = _page_table(source)
+            head += table
         with self._lock:
-            strike = self._due(kind, joined.is_set())
+            strike = self._due(kind, joined.is_set(), gfn)
         if strike and not self._hit(strike, source, sink):
             return False
         sink.sendall(head)
         damage = strike is not None and strike.action is Action.CORRUPT
-        _copy(source, sink, header.length - damage)
+        _copy(source, sink, HEADER.size + header.length - len(head) - damage)
         if damage:
             # One bit of the payload's last byte, which for PAGES is a byte of guest memory.
             sink.sendall(bytes([_read(source, 1)[0] ^ 0x04]))
         return True
 
-    def _due(self, kind: FrameKind, joined: bool) -> Strike | None:
+    def _due(self, kind: FrameKind, joined: bool, gfn: int | None) -> Strike | None:
         strike = self._strike
         if strike is None or strike.kind is not kind or self._taken:
             return None
@@ -147,9 +155,10 @@ class Proxy:
             return None
         if strike.after is not None and strike.after not in self.kinds:
             return None
-        strike.skip -= 1
-        self._taken = strike.skip < 0
-        return strike if self._taken else None
+        if kind is FrameKind.PAGES and strike.gfns is not None and gfn not in strike.gfns:
+            return None
+        self._taken = True
+        return strike
 
     def _hit(self, strike: Strike, source: socket.socket, sink: socket.socket) -> bool:
         """Whether the frame may still go its way."""
@@ -166,6 +175,15 @@ class Proxy:
             for sock in (source, sink):
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NOTHING)
         return False
+
+
+def _page_table(sock: socket.socket) -> tuple[bytes, int | None]:
+    """What comes before the data of a PAGES frame, and the last page that has data."""
+    begin = _read(sock, PAGES_BEGIN.size)
+    nr_runs, _, _ = PAGES_BEGIN.unpack(begin)
+    table = _read(sock, nr_runs * PAGES_RUN.size)
+    last = [gfn + nr_pages - 1 for gfn, nr_pages, kind in PAGES_RUN.iter_unpack(table) if kind != ZERO]
+    return begin + table, last[-1] if last else None
 
 
 def _copy(source: socket.socket, sink: socket.socket, count: int) -> None:
