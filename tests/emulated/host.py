@@ -7,7 +7,9 @@ import re
 import shutil
 import socket
 import subprocess
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,6 +23,10 @@ APPEND = (
 # An emulator is slowest at page tables of five levels and at copies byte by byte; guests have no use for either.
 CPU = "max,-la57,-erms,-fsrm"
 MONITOR_S = 10.0
+# QEMU 7.2 loses an interrupt that a device raises in the moment of a VMRUN with a virtual one pending: helper_vmrun
+# writes the processor's pending interrupts without the lock under which the device does. Was it the host's timer, then
+# nothing happens any more, and KVM's guests wait too. Any other interrupt brings the lost one along, so there is one.
+PULSE_S = 1.0
 VECTORS = re.compile(r"(YMM|XMM|FPR|ZMM)\d")
 
 
@@ -64,17 +70,31 @@ def _run(command: Sequence[str], console: BinaryIO, timeout_s: float, cpus: int)
     with ours, theirs:
         monitor = ["-chardev", f"socket,id=monitor,fd={theirs.fileno()}", "-mon", "chardev=monitor,mode=control"]
         emulator = subprocess.Popen(
-            [*command, *monitor], stdin=subprocess.DEVNULL, stdout=console, stderr=subprocess.STDOUT,
+            [*command, *monitor], bufsize=0, stdin=subprocess.PIPE, stdout=console, stderr=subprocess.STDOUT,
             pass_fds=[theirs.fileno()],
         )  # fmt: skip
         try:
-            emulator.wait(timeout_s)
+            _wait_with_pulse(emulator, timeout_s)
         except subprocess.TimeoutExpired:
             questions = ["info registers -a", *(f"info lapic {cpu}" for cpu in range(cpus))]
             console.write(f"\nhost: switched off after {timeout_s:g} s\n{_ask(ours, questions)}".encode())
         finally:
             emulator.kill()
             emulator.wait()
+
+
+def _wait_with_pulse(emulator: subprocess.Popen[bytes], timeout_s: float) -> None:
+    """Type a line feed on the host's console now and then, until the emulator ends. Raises TimeoutExpired."""
+    assert emulator.stdin is not None
+    deadline = time.monotonic() + timeout_s
+    with emulator.stdin as keyboard:
+        while emulator.poll() is None:
+            if time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired(emulator.args, timeout_s)
+            with suppress(BrokenPipeError):
+                keyboard.write(b"\n")
+            with suppress(subprocess.TimeoutExpired):
+                emulator.wait(PULSE_S)
 
 
 def _ask(monitor: socket.socket, questions: Sequence[str]) -> str:

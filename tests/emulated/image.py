@@ -35,6 +35,7 @@ REQUIREMENTS = ("kvmigrate", "pytest", "pytest-timeout", "hypothesis", "qemu.qmp
 STRIP_FROM_BYTES = 256 << 10
 TOOLS = (
     "sh", "mount", "insmod", "ifconfig", "poweroff", "mkdir", "cat", "sleep", "ls", "mktemp", "dd", "grep", "rm", "wc",
+    "stty",
 )  # fmt: skip
 INIT = """#!/bin/sh
 export PATH=/bin:/site/bin HOME=/root TMPDIR=/tmp LANG=C.UTF-8
@@ -43,7 +44,8 @@ mkdir -p /dev/pts /dev/shm
 mount -t devpts pts /dev/pts; mount -t tmpfs shm /dev/shm; mount -t tmpfs run /run; mount -t tmpfs tmp /tmp
 for module in {modules}; do insmod /modules/$module.ko; done
 ifconfig lo 127.0.0.1 up
-cd {tests} && export PYTHONPATH={site} && {command}
+stty -echo </dev/ttyS0; cat </dev/ttyS0 >/dev/null &
+cd {tests} && export PYTHONPATH={site} && {{ {command}; }} </dev/null
 echo "host: exit status $?"
 [ -f {result} ] && cat {result} >/dev/ttyS1
 poweroff -f
