@@ -7,6 +7,7 @@ import compileall
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 from .goals import Group, Plan
@@ -46,7 +47,8 @@ def measure(plan: Plan, runs: int, files: Path, until: float) -> Group:
     try:
         with plan.open(files) as group:
             print(f"\n{plan.name}: {group.title}", file=sys.stderr)
-            interleave(group.rows, runs, until, lambda text: print(f"  {text}", file=sys.stderr, flush=True))
+            say = partial(print, " ", file=sys.stderr, flush=True)
+            interleave(group.rows, runs, until, say, group.is_beaten)
     except OSError as error:
         group = Group(f"{plan.name}: not measured here", [], [], note=f"{type(error).__name__}: {error}")
     group.name = plan.name

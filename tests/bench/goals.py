@@ -11,6 +11,7 @@ from pathlib import Path
 from .samples import Series
 
 BEST = "QEMU's best row"
+BEATEN = 1.5
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,18 @@ class Group:
             wanted = "QEMU" if rivals == BEST else rivals
             rows = [row for row in self.rows if not row.ours and wanted in row.name]
         return min(rows, key=lambda row: row.statistic(figure, statistic), default=None)
+
+    def is_beaten(self, row: Series) -> bool:
+        """Whether ``row`` is one of QEMU's and so far behind its best by now that it will not be that any more: what it
+        is like has been seen, and the time is better spent on the others."""
+        if row.ours or "QEMU" not in row.name or not (row.samples or row.failures):
+            return False
+        figures = {goal.figure for goal in self.goals if goal.against} or self.figures
+        best = ((figure, self.best(figure)) for figure in figures)
+        return all(
+            rival is not None and row.statistic(figure, "p50") > BEATEN * rival.statistic(figure, "p50")
+            for figure, rival in best
+        )
 
     def verdicts(self) -> Iterator[Verdict]:
         """Each goal with what was measured for it."""

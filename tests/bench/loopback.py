@@ -93,7 +93,7 @@ def hot(hot_mib: int, speed: int) -> Plan:
     """A hot set that is rewritten at so many MiB/s, 0 for full speed."""
     if not speed:
         return Plan(f"hot-{hot_mib}", 3, partial(_hot, hot_mib))
-    return Plan(f"hot-{hot_mib}-{speed}", 2, partial(_hot_at, hot_mib, speed))
+    return Plan(f"hot-{hot_mib}-{speed}", 1, partial(_hot_at, hot_mib, speed))
 
 
 def hot_at_speeds() -> Iterator[Plan]:
@@ -141,5 +141,5 @@ def growth_plans() -> Iterator[Plan]:
 def _growth(gib: int, _: Path) -> Iterator[Group]:
     title = f"Growth: idle guest with {gib} GiB of incompressible data, loopback"
     # Guests that are kept for the next turn would need three times the memory.
-    with moves(title, filled(gib * 1024 + RESERVE_MIB), [QemuVariant(4), *PREPARED], once=True) as group:
+    with moves(title, filled(gib * 1024 + RESERVE_MIB), PREPARED, once=True) as group:
         yield group

@@ -17,7 +17,8 @@ INTRODUCTION = """# Benchmarks
 kvmigrate beside QEMU on one machine, the runs of all rows of a table in turn (A B C, A B C, …). Made by `make bench`;
 `bench.json` beside this page has each sample. [Performance](../performance.md) says how it is measured.
 
-Where a table has more than a goal asks for, the goal is held against the *best* row of QEMU for that very figure.
+Where a table has more than a goal asks for, the goal is held against the *best* row of QEMU for that very figure. A row
+of QEMU that takes half as much again as its best is not run again: the column `runs` tells.
 """
 
 

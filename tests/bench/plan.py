@@ -12,7 +12,7 @@ PLANS = [
     Plan("steps", 5, steps.steps),
     Plan("slots", 3, slots.slots),
     Plan("idle", 3, loopback.idle),
-    Plan("blackout", 12, loopback.blackout),
+    Plan("blackout", 10, loopback.blackout),
     Plan("empty", 3, loopback.empty),
     loopback.hot(64, 0),
     loopback.hot(256, 0),

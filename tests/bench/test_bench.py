@@ -77,6 +77,18 @@ def test_rows_take_turns_and_end_in_time() -> None:
     assert order == ["a", "b", "a", "b", "a", "b"]
 
 
+def test_a_row_of_the_rival_that_is_far_behind_its_best_runs_no_more() -> None:
+    rows = [row("QEMU far", 8), row("QEMU near", 5), row("QEMU", 4), row("QEMU failed", failures=1)]
+    found = group(Goal("goal", "blackout ms", 0.5), *rows, row("kvmigrate", 9), row("plain copy", 99))
+    found.rows[-1].ours = False
+    assert [one.name for one in found.rows if found.is_beaten(one)] == ["QEMU far", "QEMU failed"]
+    found.figures.append("total ms")
+    found.goals.clear()
+    assert not any(map(found.is_beaten, rows)), "behind in one figure, and in the other one nobody has a value"
+    interleave(rows[:2], 2, math.inf, lambda _: None, lambda one: one is rows[0])
+    assert [len(one.samples) for one in rows[:2]] == [1, 3]
+
+
 def test_a_failed_run_is_told_in_the_report() -> None:
     def fail() -> Sample:
         raise RuntimeError("the guest is gone")
