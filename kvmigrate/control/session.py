@@ -71,6 +71,7 @@ class Session:
         self._ran = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._over: asyncio.Future[Exit] | None = None
+        self._told_to_quit = asyncio.Event()
 
     # What the commands ask.
 
@@ -133,6 +134,7 @@ class Session:
         self._require_machine().press_power_button()
 
     def quit(self) -> None:
+        self._told_to_quit.set()
         self._end(Exit(STATUS_STOPPED, f"VM {self.name} was stopped by the operator", "host-qmp-quit"))
 
     def start_migration(self, address: Address) -> None:
@@ -325,11 +327,15 @@ class Session:
         return how
 
     async def _linger(self) -> None:
-        """The guest is gone, but its last client wants the result."""
+        """The guest is gone, but its last client wants the result; until a client says that nobody does."""
         deadline = time.monotonic() + FIRST_CLIENT_S
         while not self._server.nr_clients and time.monotonic() < deadline:
             await asyncio.sleep(0.1)
-        await self._server.wait_idle(LINGER_S)
+        idle = asyncio.create_task(self._server.wait_idle(LINGER_S))
+        told = asyncio.create_task(self._told_to_quit.wait())
+        await asyncio.wait((idle, told), return_when=asyncio.FIRST_COMPLETED)
+        for one in (idle, told):
+            one.cancel()
 
     def close(self) -> None:
         """Give the machine back. A job that would not end keeps it, and the process ends without."""

@@ -134,3 +134,14 @@ def test_interrupts_arrive_after_a_hop(world: World) -> None:
         guest.log.send(f"hop {number}\n")
         guest.log.wait_for(f"E hop {number}\n")
     judge(world.logs)
+
+
+def test_who_asked_for_the_move_and_says_quit_does_not_keep_the_source(world: World) -> None:
+    source = world.run("ledger", "beat=10 pages=10", memory="16M")
+    destination = world.receive(address := world.tcp())
+    with source.client() as client:
+        client.execute("migrate", {"uri": address})
+        assert wait_job(client)["status"] == "completed"
+        client.execute("quit")
+        assert source.wait_end(5.0) == MOVED, "it waits for a client that has no more to ask"
+    require_progress(destination.log, 3)
