@@ -13,6 +13,8 @@ from .samples import Sample
 from .vm import Guest, Vm
 
 KVMIGRATE = [sys.executable, "-m", "kvmigrate"]
+TOUCHED_S = 90.0
+"""For the memory that a destination touches before it answers; a host may take seconds per gigabyte to come by it."""
 DOWNTIME_PARTS = ("stop", "last-pages", "state", "send", "load", "resume")
 
 
@@ -77,7 +79,11 @@ class Ours(Vm):
         return cls(directory, guest, "run", str(guest.image), *options, prefix=prefix).connect()
 
     def connect(self) -> Ours:
-        """Wait for the monitor; migration events on, as in QEMU's runs."""
-        self.qmp = Qmp(self.directory / "kvmigrate" / "vm.sock")
+        """Wait for the monitor; migration events on, as in QEMU's runs. Raises QmpError with the process ended."""
+        try:
+            self.qmp = Qmp(self.directory / "kvmigrate" / "vm.sock", TOUCHED_S)
+        except BaseException:
+            self.close()
+            raise
         self.qmp.execute("migrate-set-capabilities", capabilities=[{"capability": "events", "state": True}])
         return self
