@@ -32,11 +32,11 @@ def read_indices(fd: int, request: int, what: str) -> list[int]:
     return list(struct.unpack_from(f"<{found.nmsrs}I", ffi.buffer(buffer), header))
 
 
-def read_cpuid(fd: int, request: int, what: str) -> list[dict[str, Value]]:
-    """The CPUID entries that ``request`` returns: function, index, flags, eax, ebx, ecx, edx."""
-    buffer = ffi.new("char[]", _cpuid_table(MAX_CPUID_ENTRIES).size_bytes)
+def read_cpuid(fd: int, request: int, what: str, nr_entries: int = MAX_CPUID_ENTRIES) -> list[dict[str, Value]]:
+    """The CPUID entries that ``request`` returns, at most so many: function, index, flags, eax, ebx, ecx, edx."""
+    buffer = ffi.new("char[]", _cpuid_table(nr_entries).size_bytes)
     found = ffi.cast("struct kvm_cpuid2 *", buffer)
-    found.nent = MAX_CPUID_ENTRIES
+    found.nent = nr_entries
     check(lib.kmig_ioctl(fd, request, buffer), what)
     entries: list[dict[str, Value]] = _cpuid_table(found.nent).unpack(ffi.buffer(buffer))["entries"]
     return entries
@@ -49,9 +49,14 @@ def pack_cpuid(entries: Sequence[Value], where: str) -> bytes:
     return bytes(table)
 
 
-def write_cpuid(fd: int, table: bytes) -> None:
-    """KVM_SET_CPUID2 with what :func:`pack_cpuid` made."""
+def write_cpuid(fd: int, table: bytes) -> list[dict[str, Value]]:
+    """KVM_SET_CPUID2 with what :func:`pack_cpuid` made; returns what the kernel made of it.
+
+    It is asked for just as many entries as it was given: KVM_GET_CPUID2 of older kernels (6.1) does not say how many
+    there are, and what lies behind them would be taken for entries (kvm_vcpu_ioctl_get_cpuid2)."""
     check(lib.kmig_ioctl(fd, lib.KVM_SET_CPUID2, ffi.from_buffer(table)), "KVM_SET_CPUID2")
+    nr_entries = ffi.cast("struct kvm_cpuid2 *", ffi.from_buffer(table)).nent
+    return read_cpuid(fd, lib.KVM_GET_CPUID2, "KVM_GET_CPUID2", nr_entries)
 
 
 @lru_cache(16)

@@ -13,7 +13,7 @@ from ..errors import check
 from ..state.section import Value
 from .breakpoints import debug_registers
 from .host import CpuidEntry, Host
-from .lists import pack_cpuid, read_cpuid, read_msrs, write_cpuid, write_msrs
+from .lists import pack_cpuid, read_msrs, write_cpuid, write_msrs
 from .structs import layout
 
 RUN_EXIT: int = lib.KMIG_RUN_EXIT
@@ -243,10 +243,6 @@ class Vcpu:
         """Write MSRs in that order; returns those that the kernel refused."""
         return write_msrs(self.fd, values)
 
-    def get_cpuid2(self) -> list[dict[str, Value]]:
-        """The CPUID entries that the guest sees."""
-        return read_cpuid(self.fd, lib.KVM_GET_CPUID2, "KVM_GET_CPUID2")
-
     def set_cpuid2(self, entries: Sequence[Value]) -> None:
         """Set what CPUID tells the guest; only before the vCPU first runs (the kernel refuses later changes)."""
         self.set_cpuid2_packed(pack_cpuid(entries, f"vcpu{self.id}.cpuid"))
@@ -254,8 +250,7 @@ class Vcpu:
     def set_cpuid2_packed(self, packed: bytes) -> None:
         """Set CPUID from what :func:`pack_cpuid` made, and keep in ``cpuid`` what the kernel made of it: that does
         not change any more but for bits that follow the guest's own control registers. Which MSRs there are does."""
-        write_cpuid(self.fd, packed)
-        self.cpuid = self.get_cpuid2()
+        self.cpuid = write_cpuid(self.fd, packed)
         self.image = None
 
     def offer_cpuid(self) -> None:
