@@ -41,6 +41,8 @@ SWITCH_INTERVAL_S = 0.0005
 """How long one Python thread may make another wait: in the blackout each such wait is the guest's."""
 LINGER_S = 30.0
 """How long the process of a guest that moved away waits for its clients to read the result."""
+QUITTER_S = 2.0
+"""How long it waits for them to hang up once one of them has said ``quit``."""
 FIRST_CLIENT_S = 2.0
 """How long it waits for one to come when there is none: a script may dial anew for every question."""
 REHEARSE_AFTER_S = 0.3
@@ -336,6 +338,8 @@ class Session:
         await asyncio.wait((idle, told), return_when=asyncio.FIRST_COMPLETED)
         for one in (idle, told):
             one.cancel()
+        # Who says so hangs up himself, as a rule, and should not find that it was done for him.
+        await self._server.wait_idle(QUITTER_S)
 
     def close(self) -> None:
         """Give the machine back. A job that would not end keeps it, and the process ends without."""

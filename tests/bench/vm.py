@@ -101,6 +101,7 @@ class Vm:
         if self._process is not None and self._process.poll() is None:
             try:
                 self.qmp.execute("quit")
+                self.qmp.close()
                 self._process.wait(10)
             except (AttributeError, OSError, QmpError, subprocess.TimeoutExpired):
                 self._process.kill()
