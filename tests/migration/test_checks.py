@@ -112,14 +112,15 @@ def test_send_is_refused_before_a_page_moves(
     text = r"a is 0x1, there 0x2 \(the host took the value and holds another\); b is .*; c is .*; and 1 more items"
     with pytest.raises(MigrationError, match=text):
         raise outcome.error
-    assert proxy.seen["out"] == ["HELLO", "CONFIG", "CHECK", "SECTION", "SECTION", "FAILED"]
-    assert proxy.seen["back"] == ["HELLO", "ACCEPT", "CHECKED"]
     check_resumed(source_machine)
     assert source_machine.nr_pauses == 0
     result = source.query()
     assert result.status is Status.FAILED
     assert result.to_value()["check"]["counts"]["refused"] == 4
     receiving.join()
+    # By now what the source said last has come through.
+    assert proxy.seen["out"] == ["HELLO", "CONFIG", "CHECK", "SECTION", "SECTION", "FAILED"]
+    assert proxy.seen["back"] == ["HELLO", "ACCEPT", "CHECKED"]
     assert isinstance(receiving.error, PeerFailed)
     assert not receiving.ran
     assert [trial.closed for trial in receiving.trials] == [True]
