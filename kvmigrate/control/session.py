@@ -338,8 +338,9 @@ class Session:
         await asyncio.wait((idle, told), return_when=asyncio.FIRST_COMPLETED)
         for one in (idle, told):
             one.cancel()
-        # Who says so hangs up himself, as a rule, and should not find that it was done for him.
-        await self._server.wait_idle(QUITTER_S)
+        if self._told_to_quit.is_set():
+            # Who says so hangs up himself, as a rule, and should not find that it was done for him.
+            await self._server.wait_idle(QUITTER_S)
 
     def close(self) -> None:
         """Give the machine back. A job that would not end keeps it, and the process ends without."""
