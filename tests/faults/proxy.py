@@ -15,12 +15,11 @@ from dataclasses import dataclass, field
 from enum import Enum
 from types import TracebackType
 
+from kvmigrate._core import lib
+from kvmigrate.snapshot.sink import PAGES_HEAD, RUN
 from kvmigrate.state.frame import HEADER, FrameKind, decode_header
 
 CHUNK_BYTES = 1 << 16
-PAGES_BEGIN = struct.Struct("<IIQ")  # runs, flags, bytes of data
-PAGES_RUN = struct.Struct("<QII")  # gfn, pages, kind
-ZERO = 1
 NOTHING = struct.pack("ii", 1, 0)  # SO_LINGER: close with a reset
 
 
@@ -179,10 +178,10 @@ class Proxy:
 
 def _page_table(sock: socket.socket) -> tuple[bytes, int | None]:
     """What comes before the data of a PAGES frame, and the last page that has data."""
-    begin = _read(sock, PAGES_BEGIN.size)
-    nr_runs, _, _ = PAGES_BEGIN.unpack(begin)
-    table = _read(sock, nr_runs * PAGES_RUN.size)
-    last = [gfn + nr_pages - 1 for gfn, nr_pages, kind in PAGES_RUN.iter_unpack(table) if kind != ZERO]
+    begin = _read(sock, PAGES_HEAD.size)
+    nr_runs, _, _ = PAGES_HEAD.unpack(begin)
+    table = _read(sock, nr_runs * RUN.size)
+    last = [gfn + nr_pages - 1 for gfn, nr_pages, kind in RUN.iter_unpack(table) if kind != lib.KMIG_RUN_ZERO]
     return begin + table, last[-1] if last else None
 
 
