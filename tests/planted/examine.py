@@ -105,9 +105,7 @@ def ask_guest(found: Findings, process: Process, cpus: int) -> None:
         with found.asking():
             _require(process.log, f"\nH {cpu} ", "heartbeat", found.patience_s)
     with found.asking():
-        if process.popen.poll() is None and process.log.connection is not None:
-            process.log.send("anybody there?\n")
-            _require(process.log, "E anybody there?\n", "echo", found.patience_s)
+        _require_echo(process, found.patience_s)
     with found.asking():
         if "BAD " in process.log.text:
             raise OracleError("ledger", process.log.text.rpartition("BAD ")[2])
@@ -123,6 +121,17 @@ def _require_progress(process: Process, beats: int, patience_s: float) -> None:
         time.sleep(0.01)
     # What is on its way from a process that ended just now.
     require_progress(process.log, max(beats - (len(process.log.data) - before) // 8, 0), 0.5)
+
+
+def _require_echo(process: Process, patience_s: float) -> None:
+    """Does what is typed reach the guest? Where it has come to its end, what it did not write says so."""
+    if process.popen.poll() is not None or process.log.connection is None:
+        return
+    try:
+        process.log.send("anybody there?\n")
+    except OSError as error:
+        raise OracleError("echo", f"the serial port was closed while it was typed on: {error.strerror}") from None
+    _require(process.log, "E anybody there?\n", "echo", patience_s)
 
 
 def _require(log: SerialLog, text: str, oracle: str, patience_s: float) -> None:
