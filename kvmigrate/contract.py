@@ -81,6 +81,12 @@ class Migratable(Protocol):
         end meanwhile, as ever."""
         ...
 
+    def trial(self) -> Trial:
+        """A trial on this machine, which has never run, and has nothing else to do until that is closed. Its close
+        raises :class:`HostError` or :class:`RestoreRefused` when the state cannot be taken back; then this machine must
+        not run."""
+        ...
+
     def load(self, sections: Sequence[Section]) -> Fidelity:
         """Set the state of every part, read all of it back and compare. Never runs a vCPU.
 
@@ -95,8 +101,7 @@ class Migratable(Protocol):
 
 
 class Trial(Protocol):
-    """A machine that is thrown away, which never runs and takes nothing that another may need: shows what would become
-    of a guest here."""
+    """Shows what would become of a guest here, on a machine that does not run and takes nothing others may need."""
 
     def load(self, sections: Sequence[Section], resident_bytes: int) -> Fidelity:
         """Set the state and read it back, and see whether there is room for so many bytes of memory. Whatever this host
@@ -104,18 +109,13 @@ class Trial(Protocol):
         ...
 
     def close(self) -> None:
-        """Give everything back to the kernel. Idempotent."""
-        ...
-
-
-class Examiner(Protocol):
-    """Makes trials."""
-
-    def __call__(self, description: Mapping[str, Value], *, parts: bool) -> Trial:
-        """A trial of the machine that :meth:`Migratable.describe` described; with ``parts`` also whether what a builder
-        would open for it on this host is there. Raises :class:`StreamError` for what describes no machine."""
+        """Leave nothing of it. Idempotent."""
         ...
 
 
 Builder = Callable[[Mapping[str, Value]], Migratable]
 """Builds the empty machine that :meth:`Migratable.describe` described, refusing what this host cannot give."""
+
+Examiner = Callable[[Mapping[str, Value]], Trial]
+"""Makes a trial on such a machine, which also tells whether what a builder would open for it on this host is there.
+Raises :class:`StreamError` for what describes no machine."""

@@ -10,7 +10,7 @@ import random
 import threading
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from kvmigrate.config import PAGE_BYTES, MemoryBackend
@@ -60,6 +60,8 @@ class FakeMachine:
         self.nr_resumes = 0
         self.nr_pauses = 0
         self.nr_samples = 0
+        self.trials: list[FakeTrial] = []
+        self.prepare_trial: Callable[[FakeTrial], None] = lambda _: None
         self.ran: list[tuple[float, float]] = []
         self.state: dict[str, dict[str, Value]] = {"cpu0": {"rip": 0x7C00, "rsp": 0}, "serial0": {"lcr": 3}}
         self.closed = False
@@ -147,8 +149,20 @@ class FakeMachine:
         self.nr_samples += 1
         return [Section(name, 1, dict(body)) for name, body in sorted(self.state.items())], 0.5
 
+    def trial(self) -> FakeTrial:
+        self.trials.append(FakeTrial(self, own=False))
+        self.prepare_trial(self.trials[-1])
+        return self.trials[-1]
+
     def load(self, sections: Sequence[Section]) -> Fidelity:
         self.faults.hit("load")
+        fidelity = self.set_state(sections)
+        if self.faults.refuse:
+            fidelity.refused(self.faults.refuse, 1, 2, "the host took the value and holds another")
+        return fidelity
+
+    def set_state(self, sections: Sequence[Section]) -> Fidelity:
+        """What a load and a trial have in common."""
         found = by_name(sections)
         fidelity = Fidelity()
         for name, body in self.state.items():
@@ -158,8 +172,6 @@ class FakeMachine:
             body.clear()
             body.update(found[name].body)
             fidelity.compare(name, dict(found[name].body), body)
-        if self.faults.refuse:
-            fidelity.refused(self.faults.refuse, 1, 2, "the host took the value and holds another")
         return fidelity
 
     def close(self) -> None:
@@ -192,12 +204,13 @@ class FakeMachine:
 
 
 class FakeTrial:
-    """Implements :class:`kvmigrate.contract.Trial` by a :class:`FakeMachine` of its own."""
+    """Implements :class:`kvmigrate.contract.Trial` by a :class:`FakeMachine`: one of its own, or the guest's."""
 
-    def __init__(self, description: Mapping[str, Value], *, parts: bool) -> None:
-        self.machine = FakeMachine.build(description)
-        self.parts = parts
+    def __init__(self, machine: FakeMachine, *, own: bool = True) -> None:
+        self.machine = machine
+        self.own = own
         self.closed = False
+        self._before = machine.digest()[1]
         self.refuse: tuple[str, ...] = ()
         """The items that a load reports as refused."""
         self.error: Exception | None = None
@@ -206,13 +219,16 @@ class FakeTrial:
     def load(self, sections: Sequence[Section], resident_bytes: int) -> Fidelity:
         if self.error is not None:
             raise self.error
-        fidelity = self.machine.load(sections)
+        fidelity = self.machine.set_state(sections)
         for item in self.refuse:
             fidelity.refused(item, 1, 2, "the host took the value and holds another")
         return fidelity
 
     def close(self) -> None:
-        self.machine.close()
+        if self.own:
+            self.machine.close()
+        else:
+            self.machine.state = self._before
         self.closed = True
 
 

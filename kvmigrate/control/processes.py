@@ -97,9 +97,8 @@ def run_incoming(
             session.adopt(machine)
             return machine
 
-        def examine(description: Mapping[str, Value], *, parts: bool) -> TrialMachine:
-            touched_bytes = spare.touched_bytes if spare else 0
-            return TrialMachine.examine(description, here, parts=parts, touched_bytes=touched_bytes)
+        def examine(description: Mapping[str, Value]) -> TrialMachine:
+            return TrialMachine.examine(description, here, touched_bytes=spare.touched_bytes if spare else 0)
 
         # Before a source comes: it would wait for it.
         rehearse()
@@ -112,7 +111,7 @@ def run_incoming(
 def _spare(size_bytes: int, backend: MemoryBackend, stack: ExitStack) -> SpareMemory | None:
     if not size_bytes:
         return None
-    from ..machine.trial import available_bytes
+    from ..machine.room import available_bytes
     from ..memory import huge
     from ..memory.prefault import SpareMemory
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from functools import cached_property
+from typing import ClassVar
 
 from .._core import ffi, lib
 from ..errors import HostError, UnsupportedError, check
@@ -26,6 +27,8 @@ def capability(name_or_number: str | int) -> int:
 
 class System:
     """An open /dev/kvm. Use as a context manager, or :meth:`close` it; its VMs live on without it."""
+
+    _host: ClassVar[Host | None] = None
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
@@ -109,15 +112,17 @@ class System:
         fd = check(lib.kmig_ioctl_value(self.fd, lib.KVM_CREATE_VM, 0), "KVM_CREATE_VM")
         return Vm(fd, self.host)
 
-    @cached_property
+    @property
     def host(self) -> Host:
-        """All of the above that matters to a VM's state, asked once."""
-        return Host(
-            vcpu_mmap_bytes=self.vcpu_mmap_bytes,
-            supported_cpuid=tuple(self.supported_cpuid()),
-            msr_indices=tuple(self.msr_indices()),
-            has_sregs2=bool(self.check_extension("SREGS2")),
-            can_scale_tsc=bool(self.check_extension("TSC_CONTROL")),
-            has_tsc_deadline=bool(self.check_extension("TSC_DEADLINE_TIMER")),
-            nested_state_bytes=self.check_extension("NESTED_STATE"),
-        )
+        """All of the above that matters to a VM's state, asked once per process: it takes as long as a new VM."""
+        if System._host is None:
+            System._host = Host(
+                vcpu_mmap_bytes=self.vcpu_mmap_bytes,
+                supported_cpuid=tuple(self.supported_cpuid()),
+                msr_indices=tuple(self.msr_indices()),
+                has_sregs2=bool(self.check_extension("SREGS2")),
+                can_scale_tsc=bool(self.check_extension("TSC_CONTROL")),
+                has_tsc_deadline=bool(self.check_extension("TSC_DEADLINE_TIMER")),
+                nested_state_bytes=self.check_extension("NESTED_STATE"),
+            )
+        return System._host

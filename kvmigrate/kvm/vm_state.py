@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from ..errors import BadField, HostError, check
 from ..state.fidelity import Fidelity
 from ..state.section import Value, unpack
+from . import msr_names as msr
 from .clock import ParsedClock, load_clock, parse_clock
 from .structs import Layout, layout, packed
 from .vcpu import Vcpu
@@ -100,6 +101,17 @@ def _load_state(
         fidelity.merge(load_vcpu(vcpu, state, base))
     load_chips(vm, fidelity)
     return fidelity
+
+
+def leave_modes(vm: Vm, bodies: Sequence[Value]) -> None:
+    """Bring vCPUs that have run, or hold somebody's state, to where that of new ones, which ``bodies`` are, can be
+    set."""
+    for vcpu, body in zip(vm.vcpus, bodies, strict=True):
+        # Takes an INIT or SIPI that waits, which would else be taken on top of the new state.
+        vcpu.get_mp_state()
+        # Ends nested virtualisation on Intel, in which the kernel refuses CR4 without VMXE (Linux, vmx_set_msr).
+        if (control := body["msrs"].get(msr.msr_name(msr.IA32_FEAT_CTL))) is not None:
+            vcpu.set_msrs({msr.IA32_FEAT_CTL: control})
 
 
 def _apart(bodies: Sequence[Value]) -> tuple[list[Value], list[Value]]:

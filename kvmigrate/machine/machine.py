@@ -24,8 +24,9 @@ from .description import Description
 from .exits import ExitHandler
 from .generation import new_generation_id, write_generation
 from .loading import load_image
+from .own_trial import OwnTrial
 from .platform import Platform
-from .rehearsal import rehearse, warm_up
+from .rehearsal import go_through, rehearse, warm_up
 from .reset import Boot, PowerOn, pending_section, take_pending
 from .runstate import RunStateBox
 from .sampling import Sampler
@@ -278,7 +279,10 @@ class Machine:
 
     def warm_up(self) -> None:
         """See :meth:`Migratable.warm_up`."""
-        warm_up()
+        if self.runstate is RunState.INMIGRATE:
+            go_through(self.platform)
+        else:
+            warm_up()
 
     def save(self) -> list[Section]:
         """See :meth:`Migratable.save`."""
@@ -292,6 +296,10 @@ class Machine:
 
     def _may_run(self) -> bool:
         return self._runstate.runs and self._pending_reset is None
+
+    def trial(self) -> OwnTrial:
+        """See :meth:`Migratable.trial`."""
+        return OwnTrial(self.platform)
 
     def load(self, sections: Sequence[Section]) -> Fidelity:
         """See :meth:`Migratable.load`. Raises :class:`ConfigError` when another VM has one of the disks."""

@@ -26,8 +26,12 @@ def warm_up() -> None:
     """The same each time: what is done next is still in the processor's caches then. About a millisecond, once
     :func:`rehearse` was called."""
     with _lock:
-        scratch = _scratch()
-        load_sections(scratch, [decode(encode(section)) for section in save_sections(scratch)])
+        go_through(_scratch())
+
+
+def go_through(platform: Platform) -> None:
+    """Save ``platform``, which has never run, and load it again."""
+    load_sections(platform, [decode(encode(section)) for section in save_sections(platform)])
 
 
 @cache

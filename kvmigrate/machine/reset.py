@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 from ..config import BootConfig
 from ..devices.end import GuestEnd
 from ..errors import BadField, ConfigError
-from ..kvm.msr_names import IA32_FEAT_CTL, msr_name
-from ..kvm.vm_state import load_state, pack_state
+from ..kvm.vm_state import leave_modes, load_state, pack_state
 from ..record import dataclass
 from ..state.section import Section, Value, require_version, unpack
 from .boot_source import BootSource
@@ -64,21 +63,12 @@ class PowerOn:
         for device in self._platform.devices.values():
             device.reset()
         bodies = [unpack(body, "a vCPU") for body in self._vcpus]
-        self._leave_modes(bodies)
+        leave_modes(self._platform.vm, bodies)
         self._load(bodies)
         # Memory after the vCPUs: until its MSRs say otherwise, the kernel writes into the guest's memory that one is
         # preempted, whenever it leaves it (Linux, kvm_steal_time_set_preempted).
         memory.clear()
         load_image(self._platform, boot.config, boot.files, generation)
-
-    def _leave_modes(self, bodies: Sequence[Value]) -> None:
-        """Bring vCPUs that have run to where their state can be set as that of new ones."""
-        for vcpu, body in zip(self._platform.vm.vcpus, bodies, strict=True):
-            # Takes an INIT or SIPI that waits, which would else be taken on top of the new state.
-            vcpu.get_mp_state()
-            # Ends nested virtualisation on Intel, in which the kernel refuses CR4 without VMXE (Linux, vmx_set_msr).
-            if (control := body["msrs"].get(msr_name(IA32_FEAT_CTL))) is not None:
-                vcpu.set_msrs({IA32_FEAT_CTL: control})
 
     def _load(self, bodies: Sequence[Value]) -> None:
         vm = self._platform.vm

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from ..devices.bus import Device
 from ..errors import BadField, ConfigError, HostError, RestoreRefused, StreamError
-from ..kvm.vm_state import load_state, pack_state
+from ..kvm.vm_state import leave_modes, load_state, pack_state
 from ..state.fidelity import Fidelity
 from ..state.section import Section, by_name, pack, require_version
 from .platform import Platform
@@ -71,9 +71,9 @@ def _load_kernel(platform: Platform, found: Mapping[str, Section], count_downtim
 
 
 def try_sections(platform: Platform, sections: Sequence[Section], without: Container[str] = ()) -> Fidelity:
-    """As :func:`load_sections` for a machine that is thrown away: a part that cannot be loaded is refused in the
-    result, and the others are tried all the same; devices in ``without`` are left out. Raises :class:`BadField` for a
-    section that comes twice."""
+    """As :func:`load_sections` for a state that is only tried: a part that cannot be loaded is refused in the result,
+    and the others are tried all the same; devices in ``without`` are left out. Raises :class:`BadField` for a section
+    that comes twice."""
     found = by_name(sections)
     fidelity = Fidelity()
     with refusing(fidelity, "sections"):
@@ -86,6 +86,16 @@ def try_sections(platform: Platform, sections: Sequence[Section], without: Conta
             with refusing(fidelity, name):
                 _load_device(platform.devices[name], found[name], fidelity)
     return fidelity
+
+
+def take_back(platform: Platform, before: Sequence[Section]) -> None:
+    """Set ``before``, which was saved when the machine had never run, in place of what was tried since. Timers that the
+    state has started tick no more, and what they raised meanwhile waits nowhere.
+
+    Raises :class:`HostError` or :class:`RestoreRefused` when the kernel does not take its own state again."""
+    found = by_name(before)
+    leave_modes(platform.vm, [found[name].body for name in _vcpu_names(platform)])
+    load_sections(platform, before).require()
 
 
 @contextmanager

@@ -7,9 +7,7 @@ nothing that another may need: images are opened for reading and not locked, tap
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from ..config import DiskConfig, HostSide, MemoryBackend
 from ..devices.tap import tap_problem
@@ -22,20 +20,19 @@ from ..state.fidelity import Fidelity
 from ..state.section import Section, Value
 from .description import Description
 from .platform import Platform
+from .room import judge_room
 from .sections import refusing, try_sections
 from .specs import VirtioSpec
 from .virtio import Backings
 
 
 class TrialMachine:
-    """Implements :class:`kvmigrate.contract.Trial`. With ``parts``, what is wrong with the images and taps is found
-    too, which a machine that was built already has opened."""
+    """Implements :class:`kvmigrate.contract.Trial`. What is wrong with the images and taps is found too."""
 
     def __init__(
         self,
         description: Description,
         *,
-        parts: bool,
         touched_bytes: int = 0,
         backend: MemoryBackend = MemoryBackend.ANONYMOUS,
     ) -> None:
@@ -44,25 +41,22 @@ class TrialMachine:
         self._backend = backend
         self._platform: Platform | None = None
         self._missing = {
-            spec.name: problem for spec in description.virtio if parts and (problem := part_problem(spec, self._found))
+            spec.name: problem for spec in description.virtio if (problem := part_problem(spec, self._found))
         }
-        # A machine that was built already has them.
-        if parts and backend is MemoryBackend.HUGETLBFS:
+        if backend is MemoryBackend.HUGETLBFS:
             with refusing(self._found, "memory"):
                 huge.require(description.memory_bytes, held_bytes=touched_bytes)
         with refusing(self._found, "machine"):
             self._platform = self._build(description)
 
     @classmethod
-    def examine(
-        cls, value: Mapping[str, Value], here: HostSide, *, parts: bool, touched_bytes: int = 0
-    ) -> TrialMachine:
+    def examine(cls, value: Mapping[str, Value], here: HostSide, *, touched_bytes: int = 0) -> TrialMachine:
         """A trial of the machine that :meth:`Machine.build` would make of the same. Raises :class:`BadField`, and
         :class:`ConfigError` for a device ``here`` that the guest does not have or memory that no host here has.
         ``touched_bytes`` of memory are in use here for the guest already."""
         description = Description.from_value(value).on(here)
         # Whatever listens at the other end of a console, as of the serial port, is not bothered by a trial.
-        return cls(description.on(HostSide()), parts=parts, touched_bytes=touched_bytes, backend=here.memory_backend)
+        return cls(description.on(HostSide()), touched_bytes=touched_bytes, backend=here.memory_backend)
 
     def _build(self, description: Description) -> Platform:
         # Of anonymous memory: nobody touches it, and huge pages would be set aside twice.
@@ -89,10 +83,8 @@ class TrialMachine:
         """See :meth:`kvmigrate.contract.Trial.load`."""
         fidelity = Fidelity()
         fidelity.merge(self._found)
-        available = available_bytes() + self._touched_bytes
-        if self._backend is not MemoryBackend.HUGETLBFS and resident_bytes > available:
-            why = "the guest's memory in use is more than what is free here, with the swap"
-            fidelity.refused("memory", f"{resident_bytes >> 20} MiB", f"{available >> 20} MiB", why)
+        if self._backend is not MemoryBackend.HUGETLBFS:
+            judge_room(fidelity, resident_bytes, self._touched_bytes)
         if self._platform is not None:
             fidelity.merge(try_sections(self._platform, sections, self._missing))
         return fidelity
@@ -127,13 +119,6 @@ def _disk_problem(disk: DiskConfig) -> str:
     if not disk.read_only and not os.access(disk.path, os.W_OK, effective_ids=True):
         return f"{disk.path} cannot be written to, and the guest does"
     return ""
-
-
-def available_bytes() -> int:
-    """What this host can give, its swap counted (MemAvailable, Documentation/filesystems/proc.rst)."""
-    text = Path("/proc/meminfo").read_text()
-    found = (re.search(rf"^{name}:\s+(\d+) kB$", text, re.MULTILINE) for name in ("MemAvailable", "SwapFree"))
-    return sum(int(match[1]) << 10 for match in found if match)
 
 
 def _stand_in_disk(disk: DiskConfig) -> DiskImage:

@@ -50,9 +50,10 @@ class Arrived:
 class Destination:
     """One incoming migration on ``listener``, which it owns and closes; used once.
 
-    ``builder`` makes the empty machine, ``examiner`` those to try a state on; ``name`` is the one under which the guest
-    goes on here, and names the journal. With ``autostart`` false the guest stays paused here even when it ran at the
-    source. Other threads may call :meth:`cancel`, :meth:`resolve` and :meth:`query` at any time; :meth:`close` ends it.
+    ``builder`` makes the empty machine, ``examiner`` those for peers that only check; ``name`` is the one under which
+    the guest goes on here, and names the journal. With ``autostart`` false the guest stays paused here even when it ran
+    at the source. Other threads may call :meth:`cancel`, :meth:`resolve` and :meth:`query` at any time; :meth:`close`
+    ends it.
     """
 
     def __init__(
@@ -96,7 +97,7 @@ class Destination:
             channel, hello = self._await_source()
             self._channel = channel
             take_custody = partial(self._take_custody, channel, hello)
-            incoming = Incoming(channel, hello, self._builder, self._examiner, take_custody)
+            incoming = Incoming(channel, hello, self._builder, take_custody)
             incoming.may_start = self._autostart
             self._incoming = incoming
             while incoming.step() is not State.COMMITTED:

@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from enum import Enum
 
-from ..contract import Builder, Examiner, Migratable, RunState
+from ..contract import Builder, Migratable, RunState
 from ..errors import BadChecksum, BadField
 from ..memory.prefault import Prefault
 from ..state.fidelity import Fidelity
 from ..state.frame import FrameKind
-from ..state.section import Section, Value
+from ..state.section import Section
 from . import wire
 from .blackout import Stopwatch, quiet_interpreter
 from .channel import Channel, Frame, unexpected
@@ -22,7 +22,7 @@ from .further import Further
 from .handover import rehearse
 from .joining import CONNECTIONS, Join
 from .pages import PAGES_DELTA, PAGES_ZSTD, Decompressor
-from .trying import answer_check, close_aside, read_description
+from .trying import answer_check, read_description, take_check
 
 
 class State(Enum):
@@ -47,20 +47,18 @@ class Incoming:
         channel: Channel,
         hello: wire.Hello,
         builder: Builder,
-        examiner: Examiner,
         take_custody: Callable[[], Custody],
     ) -> None:
         self._channel = channel
         self._hello = hello
         self._builder = builder
-        self._examiner = examiner
-        self._description: Mapping[str, Value] = {}
         self._take_custody = take_custody
         self._decompressor = Decompressor()
         self._taken = Offer(())
         self._further = Further(channel, self._allowed_flags)
         self._quiet = ExitStack()
         self._prefault: Prefault | None = None
+        self._build_ms = 0.0
         self._load_ms = 0.0
         self._spin = False
         self._autostart = True
@@ -135,8 +133,9 @@ class Incoming:
         return self.machine
 
     def _config(self, frame: Frame) -> State:
-        self._description = read_description(frame, self._hello)
-        self.machine = self._builder(self._description)
+        watch = Stopwatch()
+        self.machine = self._builder(read_description(frame, self._hello))
+        self._build_ms = watch.lap()
         self.machine.rehearse()
         self.custody = self._take_custody()
         rehearse()
@@ -144,8 +143,8 @@ class Incoming:
         return State.BUILT if CHECK in self._hello.features else State.RECEIVING
 
     def _check(self, frame: Frame) -> State:
-        # Not on the machine that the guest is to have: what a load starts (timers, a clock) would go on in it.
-        answer_check(self._channel, frame, lambda: self._examiner(self._description, parts=False), close_aside)
+        check, sections = take_check(self._channel, frame)
+        answer_check(self._channel, check, sections, self._built().trial(), self._build_ms)
         return State.RECEIVING
 
     def _resident(self, frame: Frame) -> State:

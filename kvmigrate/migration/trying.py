@@ -1,10 +1,10 @@
-"""The destination's side of a check: try the state on a machine that is thrown away, and say what came of it."""
+"""The destination's side of a check: what a peer sends to be tried, and the answer; and all of a connection that only
+checks, on a machine that is thrown away."""
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from ..contract import Examiner, Trial
 from ..errors import (
@@ -36,27 +36,24 @@ def read_description(frame: Frame, hello: wire.Hello) -> Mapping[str, Value]:
     return description
 
 
-def close_aside(trial: Trial) -> None:
-    """Close ``trial`` in a thread: the kernel takes 15 ms for it, for which the pages of a move need not wait."""
-    threading.Thread(target=trial.close, name="trial's end").start()
-
-
-def answer_check(
-    channel: Channel, frame: Frame, make_trial: Callable[[], Trial], discard: Callable[[Trial], None]
-) -> None:
-    """Take the sections that the CHECK ``frame`` announces, try them, say CHECKED, and ``discard`` the trial. Raises
-    :class:`StreamError` and :class:`ChannelError`; that this host cannot hold the state is no error but the answer."""
+def take_check(channel: Channel, frame: Frame) -> tuple[Check, list[Section]]:
+    """What the CHECK ``frame`` announces, and the sections after it. Raises :class:`StreamError` and
+    :class:`ChannelError`."""
     check = Check.from_payload(frame.payload)
-    sections = channel.recv_sections(check.sections, check.sections_bytes)
+    return check, channel.recv_sections(check.sections, check.sections_bytes)
+
+
+def answer_check(channel: Channel, check: Check, sections: Sequence[Section], trial: Trial, build_ms: float) -> None:
+    """Try ``sections`` on ``trial``, which took ``build_ms`` to build, say CHECKED and close it. Raises
+    :class:`StreamError` and :class:`ChannelError`; that this host cannot hold the state is no error but the answer."""
     watch = Stopwatch()
-    trial = _make(make_trial)
     try:
-        build_ms = watch.lap()
         fidelity = trial.load(sections, check.resident_bytes)
         checked = Checked.of(fidelity, build_ms, watch.lap())
         channel.send_payloads([(FrameKind.CHECKED, checked.to_payload())])
     finally:
-        discard(trial)
+        # The source goes on meanwhile.
+        trial.close()
 
 
 class _NoTrial:
@@ -74,9 +71,9 @@ class _NoTrial:
         return
 
 
-def _make(make_trial: Callable[[], Trial]) -> Trial:
+def _make(examiner: Examiner, description: Mapping[str, Value]) -> Trial:
     try:
-        return make_trial()
+        return examiner(description)
     except (ConfigError, HostError, RestoreRefused) as error:
         return _NoTrial(error)
 
@@ -91,8 +88,10 @@ def serve_check(channel: Channel, hello: wire.Hello, examiner: Examiner) -> None
         channel.send(FrameKind.ACCEPT, {})
         frame = budget.expect(FrameKind.CHECK)
         budget.spend()
-        # Not aside: whoever asks for one check after the other is to have one machine at a time.
-        answer_check(channel, frame, lambda: examiner(description, parts=True), lambda trial: trial.close())
+        check, sections = take_check(channel, frame)
+        watch = Stopwatch()
+        trial = _make(examiner, description)
+        answer_check(channel, check, sections, trial, watch.lap())
     except (ChannelError, PeerFailed):
         pass
     except Exception as error:  # also a fault of our own, which must not end the one who waits

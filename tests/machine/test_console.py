@@ -132,14 +132,14 @@ def test_a_console_goes_on_where_the_destination_says(tmp_path: Path) -> None:
 def test_a_trial_opens_no_console_and_refuses_one_that_the_guest_has_not(tmp_path: Path) -> None:
     there = tmp_path / "there"
     with closing(machine_with_console(tmp_path, "null")) as source:
-        trial = TrialMachine.examine(source.describe(), HostSide(console=f"file:{there}"), parts=True)
+        trial = TrialMachine.examine(source.describe(), HostSide(console=f"file:{there}"))
         try:
             trial.load(source.save(), 0).require()
         finally:
             trial.close()
     assert not there.exists()
     with closing(machine_with_console(tmp_path, None)) as source, pytest.raises(ConfigError, match="has no console"):
-        TrialMachine.examine(source.describe(), HostSide(console="null"), parts=True)
+        TrialMachine.examine(source.describe(), HostSide(console="null"))
 
 
 @pytest.mark.kvm

@@ -19,7 +19,8 @@ from kvmigrate.devices.virtio.image import open_disk
 from kvmigrate.devices.virtio.net import FEATURES
 from kvmigrate.errors import BadField
 from kvmigrate.machine.machine import Machine
-from kvmigrate.machine.trial import TrialMachine, available_bytes
+from kvmigrate.machine.room import available_bytes
+from kvmigrate.machine.trial import TrialMachine
 from kvmigrate.memory import huge
 from kvmigrate.memory.layout import slots_for
 from kvmigrate.state.fidelity import Fidelity, Item, Verdict
@@ -66,10 +67,8 @@ def sampled(machine: Machine) -> list[Section]:
     return [decode(encode(section)) for section in sections]
 
 
-def tried(
-    description: Any, sections: list[Section], resident_bytes: int = 0, *, parts: bool = True, **given: Any
-) -> Fidelity:
-    trial = TrialMachine.examine(description, HostSide(**given), parts=parts)
+def tried(description: Any, sections: list[Section], resident_bytes: int = 0, **given: Any) -> Fidelity:
+    trial = TrialMachine.examine(description, HostSide(**given))
     try:
         return trial.load(sections, resident_bytes)
     finally:
@@ -102,7 +101,7 @@ def test_a_running_guest_fits_its_own_host_and_runs_on(tmp_path: Path, stack: Ex
 
 def test_a_trial_touches_no_memory(tmp_path: Path, stack: ExitStack, disk: DiskConfig) -> None:
     machine = started(protected_mode_machine(tmp_path, HANG, disks=(disk,)), stack)
-    trial = TrialMachine.examine(machine.describe(), HostSide(), parts=True)
+    trial = TrialMachine.examine(machine.describe(), HostSide())
     stack.callback(trial.close)
     assert refused(trial.load(sampled(machine), 0)) == {}
     assert trial._platform is not None
@@ -217,8 +216,7 @@ def test_huge_pages_are_counted_unless_the_guest_has_them(tmp_path: Path, stack:
     found = refused(tried(description, sections, 1 << 60, memory_backend=HUGETLBFS))
     assert found.keys() == {"memory"}, "other memory does not matter"
     assert f"{needed} huge pages of 2 MiB are needed, {free} are free: sudo sysctl" in found["memory"].why
-    assert refused(tried(description, sections, parts=False, memory_backend=HUGETLBFS)) == {}
-    trial = TrialMachine.examine(description, HostSide(memory_backend=HUGETLBFS), parts=True, touched_bytes=1 << 33)
+    trial = TrialMachine.examine(description, HostSide(memory_backend=HUGETLBFS), touched_bytes=1 << 33)
     stack.callback(trial.close)
     assert refused(trial.load(sections, 0)) == {}
     found = refused(tried(machine.describe() | memory_of_size((4 << 20) + 4096), sections, memory_backend=HUGETLBFS))
@@ -229,7 +227,7 @@ def test_huge_pages_are_counted_unless_the_guest_has_them(tmp_path: Path, stack:
 def test_a_disk_is_looked_at_and_not_locked(tmp_path: Path, stack: ExitStack, disk: DiskConfig) -> None:
     machine = started(protected_mode_machine(tmp_path, HANG, disks=(disk,)), stack)
     sections = sampled(machine)
-    trial = TrialMachine.examine(machine.describe(), HostSide(), parts=True)
+    trial = TrialMachine.examine(machine.describe(), HostSide())
     stack.callback(trial.close)
     assert refused(trial.load(sections, 0)) == {}
     machine.close()
@@ -249,8 +247,6 @@ def test_what_is_wrong_with_a_disk_is_told_once(tmp_path: Path, stack: ExitStack
     found = refused(tried(description, sections, disks=(DiskConfig("root", small),)))
     assert found.keys() == {"disk-root"}
     assert "give it the same image" in found["disk-root"].why
-    # What a builder has opened is not looked at again.
-    assert refused(tried(description, sections, parts=False)) == {}
 
 
 def test_a_tap_is_looked_at_and_not_opened(tmp_path: Path, stack: ExitStack, namespace: Namespace) -> None:

@@ -72,7 +72,7 @@ class Receiving:
         self.watch = Watch()
         self._prepare = prepare
         self._prepare_trial = prepare_trial
-        self.trials: list[FakeTrial] = []
+        self.checks: list[FakeTrial] = []
         self.listener = Listener(listen)
         self.address = self.listener.address
         self.destination = Destination(
@@ -92,13 +92,20 @@ class Receiving:
         self.machine = FakeMachine.build(description)
         if self._prepare is not None:
             self._prepare(self.machine)
+        if self._prepare_trial is not None:
+            self.machine.prepare_trial = self._prepare_trial
         return self.machine
 
-    def _examine(self, description: Mapping[str, Value], *, parts: bool) -> FakeTrial:
-        self.trials.append(FakeTrial(description, parts=parts))
+    def _examine(self, description: Mapping[str, Value]) -> FakeTrial:
+        self.checks.append(FakeTrial(FakeMachine.build(description)))
         if self._prepare_trial is not None:
-            self._prepare_trial(self.trials[-1])
-        return self.trials[-1]
+            self._prepare_trial(self.checks[-1])
+        return self.checks[-1]
+
+    @property
+    def trials(self) -> list[FakeTrial]:
+        """All of them: those of checks, and the guest's own."""
+        return self.checks + (self.machine.trials if self.machine is not None else [])
 
     def _run(self) -> None:
         try:
