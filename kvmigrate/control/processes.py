@@ -33,6 +33,11 @@ class _Stopped(BaseException):
     """A signal came before the control loop could take it."""
 
 
+_signals: list[int] = []
+"""Those that came. An exception that is raised inside of a finalizer or a weak reference's callback (the import system
+has some) goes no further: then the control loop finds the signal here."""
+
+
 def run_machine(config: MachineConfig, *, paused: bool = False) -> int:
     """Boot ``config`` and stay until the guest ends. Returns the exit status; raises a :class:`KvmigrateError` when it
     never ran."""
@@ -133,7 +138,13 @@ def _serve(claim: runtime.Claim, machine: Machine) -> int:
 def _live(session: Session, begin: Callable[[Session], None]) -> int:
     import asyncio
 
-    how: Exit = asyncio.run(session.live(begin))
+    def begin_unless_stopped(live: Session) -> None:
+        if _signals:
+            live.signalled(_signals[0])
+        else:
+            begin(live)
+
+    how: Exit = asyncio.run(session.live(begin_unless_stopped))
     if how.error is not None:
         raise how.error
     if how.text:
@@ -154,6 +165,8 @@ def _claimed(name: str, held: Path | None = None) -> Iterator[runtime.Claim]:
     """Hold ``name``, and the snapshot ``held``; everything is given back at the end, however that comes. A signal ends
     the process in good order from here on, by its exit status."""
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    _signals.clear()
+    hook, sys.unraisablehook = sys.unraisablehook, _unraisable
     before = [signal.signal(number, _stopped) for number in numbers]
     try:
         claim = runtime.claim(name)
@@ -169,10 +182,18 @@ def _claimed(name: str, held: Path | None = None) -> Iterator[runtime.Claim]:
     finally:
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
+        sys.unraisablehook = hook
 
 
 def _stopped(number: int, frame: FrameType | None) -> None:
+    _signals.append(number)
     raise _Stopped(number)
+
+
+def _unraisable(told: sys.UnraisableHookArgs) -> None:
+    """Of a signal that is not lost nobody need read."""
+    if not isinstance(told.exc_value, _Stopped):
+        sys.__unraisablehook__(told)
 
 
 def _require_settled(claim: runtime.Claim) -> None:

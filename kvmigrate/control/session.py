@@ -271,7 +271,7 @@ class Session:
         self._loop = asyncio.get_running_loop()
         self._over = self._loop.create_future()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            self._loop.add_signal_handler(number, self._signalled, number)
+            self._loop.add_signal_handler(number, self.signalled, number)
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         control, console = self._claim.listeners
         await self._server.start(control)
@@ -300,7 +300,7 @@ class Session:
             with suppress(KvmigrateError):
                 await asyncio.to_thread(self.machine.rehearse)
 
-    def _signalled(self, number: int) -> None:
+    def signalled(self, number: int) -> None:
         """The first signal ends in good order; a second one, sent by someone who will not wait, at once."""
         if self._over is not None and self._over.done():
             self._claim.release()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import os
 import re
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -118,6 +120,36 @@ def test_a_signal_ends_it_in_good_order(host: Host, number: signal.Signals) -> N
     with running(host, "one") as process:
         process.send_signal(number)
         assert ended(process) == (8, f"kvmigrate: VM one was stopped by {number.name}\n")
+    assert host.left_behind == []
+
+
+SWALLOWED = """
+import os, signal, sys
+from kvmigrate.cli.app import run_command
+from kvmigrate.control import processes
+
+class Finalized:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+serve = processes._serve
+
+def serve_after(claim, machine):
+    Finalized()
+    return serve(claim, machine)
+
+processes._serve = serve_after
+sys.exit(run_command(sys.argv[1:]))
+"""
+"""Python drops what a signal's handler raises inside of a finalizer, as while it imports."""
+
+
+def test_a_signal_that_comes_inside_of_a_finalizer_is_not_lost(host: Host) -> None:
+    image = sectors.sector(host.directory, sectors.SLEEP)
+    command = [sys.executable, "-c", SWALLOWED, "run", str(image), "--name", "one", *SMALL]
+    environment = os.environ | {"XDG_RUNTIME_DIR": str(host.run_dir)}
+    done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (8, "kvmigrate: VM one was stopped by SIGTERM\n")
     assert host.left_behind == []
 
 
