@@ -92,7 +92,7 @@ def zeros(_: Path) -> Iterator[Group]:
 def hot(hot_mib: int, speed: int) -> Plan:
     """A hot set that is rewritten at so many MiB/s, 0 for full speed."""
     if not speed:
-        return Plan(f"hot-{hot_mib}", 3, partial(_hot, hot_mib))
+        return Plan(f"hot-{hot_mib}", 7, partial(_hot, hot_mib))
     return Plan(f"hot-{hot_mib}-{speed}", 1, partial(_hot_at, hot_mib, speed))
 
 

@@ -29,17 +29,17 @@ HEARD = "first heartbeat ms"
 @contextmanager
 def save(files: Path) -> Iterator[Group]:
     """Snapshots of one guest after the other, each guest standing still while the other one is measured."""
-    with scratch() as directory, ExitStack() as stack:
+    with scratch() as directory, scratch(files) as saved, ExitStack() as stack:
         ours = _held(stack, lambda: Ours.run(directory / "ours", filled(1024)))
         qemu = _held(stack, lambda: _qemu(directory / "qemu", filled(1024)))
         # Not made anew for each copy: what is freed is on the hypervisor's mind while the next row runs.
         as_much = stack.enter_context(mmap.mmap(-1, filled(1024).data_mib * MIB))
         as_much.madvise(MADV_POPULATE_WRITE)
         rows = [
-            Series("QEMU, migrate to exec:cat > FILE", partial(_qemu_save, qemu, "exec", files / "exec")),
-            Series("QEMU, migrate to fd:FILE", partial(_qemu_save, qemu, "fd", files / "fd")),
-            Series(f"{PLAIN} of as many bytes", partial(_plain_copy, as_much, files / "plain")),
-            Series("kvmigrate snapshot", partial(_our_save, ours, files / "snapshot"), ours=True),
+            Series("QEMU, migrate to exec:cat > FILE", partial(_qemu_save, qemu, "exec", saved / "exec")),
+            Series("QEMU, migrate to fd:FILE", partial(_qemu_save, qemu, "fd", saved / "fd")),
+            Series(f"{PLAIN} of as many bytes", partial(_plain_copy, as_much, saved / "plain")),
+            Series("kvmigrate snapshot", partial(_our_save, ours, saved / "snapshot"), ours=True),
         ]
         goals = [
             Goal("snapshot of 1 GiB to tmpfs: time", "total ms", 1.3, "p50", PLAIN),

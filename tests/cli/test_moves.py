@@ -93,7 +93,7 @@ def test_a_guest_is_sent_with_figures_for_programs_and_goes_on(host: Host) -> No
 def test_without_a_copy_the_result_says_what_it_brought(host: Host) -> None:
     log = f"file:{host.directory / 'two.log'}"
     unix = f"unix://{host.directory}/there.sock"
-    with busy_guest(host, "one"), waiting(host, "two", "--serial", log) as (target, address):
+    with busy_guest(host, "one") as source, waiting(host, "two", "--serial", log) as (target, address):
         refused = host("send", "one", unix, "--zerocopy")
         assert refused.status == 2
         assert refused.err == f"kvmigrate: {unix}: a UNIX socket always copies: leave out --zerocopy, or go by tcp:\n"
@@ -104,6 +104,7 @@ def test_without_a_copy_the_result_says_what_it_brought(host: Host) -> None:
         assert re.search(r"^zero-copy: copied by the kernel anyway: [1-9]\d* of \d+ sends", sent.out, re.MULTILINE), (
             sent.out
         )
+        assert ended(source)[0] == 6
         runs_on(host, "two")
         assert host("stop", "two").status == 0
         assert ended(target)[0] == 8
@@ -113,13 +114,18 @@ def test_without_a_copy_the_result_says_what_it_brought(host: Host) -> None:
 @pytest.mark.parametrize("prefault", ["64M", "32M"], ids=["of its size", "of another size"])
 def test_a_guest_goes_to_a_destination_that_touched_memory_before_it_came(host: Host, prefault: str) -> None:
     log = f"file:{host.directory / 'two.log'}"
-    with busy_guest(host, "one"), waiting(host, "two", "--serial", log, "--prefault", prefault) as (target, address):
+    with (
+        busy_guest(host, "one") as source,
+        waiting(host, "two", "--serial", log, "--prefault", prefault) as (target, address),
+    ):
         size_kib = int(prefault.removesuffix("M")) << 10
         status = Path(f"/proc/{target.pid}/status").read_text()
         assert int(re.search(r"RssAnon:\s+(\d+) kB", status)[1]) > size_kib  # type: ignore[index]
         assert host("send", "one", address).status == 0
+        assert ended(source)[0] == 6
         runs_on(host, "two")
         assert host("stop", "two").status == 0
+        assert ended(target)[0] == 8
     assert host.left_behind == []
 
 

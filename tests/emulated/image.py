@@ -5,6 +5,7 @@ Two archives, which the kernel unpacks one over the other: a base that is kept, 
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -37,6 +38,8 @@ TOOLS = (
     "sh", "mount", "insmod", "ifconfig", "poweroff", "mkdir", "cat", "sleep", "ls", "mktemp", "dd", "grep", "rm", "wc",
     "stty",
 )  # fmt: skip
+OWN_TOOLS = ("as", "ld", "ip")
+"""This machine's, since BusyBox has none or one that knows less."""
 INIT = """#!/bin/sh
 export PATH=/bin:/site/bin HOME=/root TMPDIR=/tmp LANG=C.UTF-8
 mount -t proc proc /proc; mount -t sysfs sys /sys; mount -t devtmpfs dev /dev
@@ -73,6 +76,7 @@ def write_base(path: Path, kernel: Kernel) -> None:
         archive.add(Path(shutil.which("busybox") or "/bin/busybox").resolve(), "/bin/busybox")
         for tool in TOOLS:
             archive.add_link(f"bin/{tool}", "busybox")
+        _add_own_tools(archive)
         for name, content in kernel.modules():
             archive.add_bytes(f"modules/{name}.ko", content)
         add_guest(archive, kernel)
@@ -100,6 +104,13 @@ def write_job(path: Path, kernel: Kernel, wheel: Path, command: str) -> None:
 def python() -> Path:
     """The interpreter behind this virtual environment."""
     return Path(sys.executable).resolve()
+
+
+def _add_own_tools(archive: Archive) -> None:
+    for name in OWN_TOOLS:
+        path = Path(shutil.which(name, path=os.defpath + ":/usr/sbin:/sbin") or f"/usr/bin/{name}")
+        _add_file(archive, path.resolve(), f"/bin/{name}")
+        _add_libraries(archive, [path])
 
 
 def _add_python(archive: Archive) -> None:

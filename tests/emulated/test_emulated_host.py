@@ -29,39 +29,27 @@ LONG_ONLY = (
 
 @dataclass(frozen=True)
 class Lot:
-    """What one host runs: ``tests``, which are at least so many. ``large``: it has more memory and more kernels."""
+    """What one host runs: ``tests``, which are at least so many, with so much ``memory`` if not as much as all hosts
+    have. A ``full`` one has more kernels."""
 
     name: str
     tests: tuple[str, ...]
     least: int
-    large: bool = False
+    memory: str = ""
+    full: bool = False
 
 
 LOTS = (
-    # The longest first: the third one starts where one of the others is done.
+    # The longest first: the others start where one of them is done. A test looks for room for 8 GiB, and uses none.
+    Lot("suite", ("-m kvm tests/kvm tests/machine",), 220, memory="9G"),
+    Lot("guests", tuple(f"tests/emulated/inside/{name}.py" for name in ("moving", "clocks", "linux", "console")), 9),
     Lot("devices", tuple(f"tests/emulated/inside/{name}.py" for name in ("storage", "rebooting", "example")), 4),
-    Lot(
-        "state",
-        # The kvm layer's state, real mode, clocks, a live migration and a snapshot: what differs between back-ends.
-        (
-            "tests/kvm/test_state.py::test_save_load_save_is_equal_but_for_the_clocks",
-            "tests/kvm/test_state.py::test_every_register_arrives_under_its_name",
-            "tests/kvm/test_state.py::test_a_loaded_guest_goes_on_where_it_stopped",
-            "tests/kvm/test_state.py::test_a_stale_xmm_register_is_noticed",
-            "tests/kvm/test_state.py::test_a_feature_that_this_host_lacks_is_refused_by_its_name",
-            "tests/kvm/test_run.py::test_string_io_comes_with_its_count",
-            "tests/machine/test_machine.py::test_power_off_ends_with_status_0_after_the_serial_output",
-            "tests/machine/test_machine.py::test_a_triple_fault_is_a_crash_that_is_named",
-            "tests/kvm/test_clock_policy.py::test_vcpus_with_one_tsc_offset_get_one_again",
-            *(f"tests/emulated/inside/{name}.py" for name in ("moving", "clocks", "linux", "console")),
-        ),
-        18,
-    ),
     Lot(
         "kernels",
         ("tests/emulated/inside/kernels.py", *["tests/emulated/inside/stages.py"] * LONG),
         4 + (len(LONG_ONLY) + 3) * LONG,
-        large=LONG,
+        memory="7G" * LONG,
+        full=LONG,
     ),
 )
 
@@ -75,8 +63,8 @@ def start(lot: Lot, directory: Path) -> Outcome:
     options = f"-p no:cacheprovider --color=no --timeout={TEST_TIMEOUT_S} --junitxml=/tmp/result.xml -rA -v"
     left_out = [] if LONG else [f"--deselect={test}" for test in LONG_ONLY]
     command = f"python3 -m pytest {options} {' '.join([*left_out, *lot.tests])}"
-    # The last -m counts: one of the guests has more memory than a host has otherwise.
-    return run(command, directory, TIMEOUT_S, *(["-m", "7G"] if lot.large else []), cpus=1, full=lot.large)
+    # The last -m counts.
+    return run(command, directory, TIMEOUT_S, *(["-m", lot.memory] if lot.memory else []), cpus=1, full=lot.full)
 
 
 @pytest.fixture(scope="module")
@@ -98,4 +86,7 @@ def test_every_selected_test_passes_on_kvm_amd(outcomes: Mapping[Lot, Future[Out
     assert suite is not None
     cases = [f"{case.get('classname')}::{case.get('name')}" for case in suite.iter("testcase")]
     assert len(cases) >= lot.least, cases
-    assert [suite.get(kind) for kind in ("errors", "failures", "skipped")] == ["0", "0", "0"]
+    assert [suite.get(kind) for kind in ("errors", "failures")] == ["0", "0"]
+    # What is expected to fail here says why where it stands.
+    skipped = [case.find("skipped") for case in suite.iter("testcase")]
+    assert [one.get("message") for one in skipped if one is not None and one.get("type") != "pytest.xfail"] == []

@@ -14,12 +14,13 @@ from kvmigrate.devices import i8042, port92, power
 from kvmigrate.devices.end import GuestEnd
 from kvmigrate.machine.machine import Machine
 from kvmigrate.migration.status import MigrationResult
+from tests.backends import ALL_STATE
 from tests.cli.command import wait_until
 from tests.oracle.world import wait_listening
 
 from .boot_sector import HANG, POWER_OFF, out_byte
 
-LEDGER = "beat=20 pages=500 fill=2 rate=5 irq=1 state=1 ymm=1 cpus=2"
+LEDGER = f"beat=20 pages=500 fill=2 rate=5 irq=1 {ALL_STATE} cpus=2"
 BY_ACPI = out_byte(power.PORT + power.RESET, 1)
 WAYS = {
     "ACPI": BY_ACPI,

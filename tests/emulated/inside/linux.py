@@ -16,8 +16,6 @@ from tests.oracle.heartbeat import judge, require_progress
 from tests.oracle.test_migration import watch
 from tests.oracle.world import POWERED_OFF, Process, World, open_world
 
-from .moving import UNSTABLE
-
 BOOT_S, ANSWER_S = 300.0, 120.0
 MEMORY_MIB = 128
 APPEND = "console=ttyS0 quiet panic=-1"
@@ -64,7 +62,7 @@ def said(guest: Process, command: str) -> list[str]:
 def unexplained(out: Mapping[str, Any], into: Mapping[str, Any]) -> list[str]:
     """What differs between a guest that left and the one that arrived, beside clocks and what two hosts of kvm_amd make
     of the same value: the low half of the SYSENTER registers, and the TSC's rate as each measured it, to 250 ppm."""
-    texts = [text for text in state_differences(out, into) if not is_clock(text) and not UNSTABLE.match(text)]
+    texts = [text for text in state_differences(out, into) if not is_clock(text, unstable_tsc=True)]
     return [text for text in texts if not _is_adjusted(text)]
 
 
