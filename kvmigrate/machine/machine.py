@@ -280,6 +280,7 @@ class Machine:
     def warm_up(self) -> None:
         """See :meth:`Migratable.warm_up`."""
         if self.runstate is RunState.INMIGRATE:
+            # It has never run, so it can go through its own load: that warms the kernel's side of it too.
             go_through(self.platform)
         else:
             warm_up()

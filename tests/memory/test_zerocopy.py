@@ -88,10 +88,12 @@ class Wire:
         return lib.kmig_zerocopy_reap(self.zerocopy, self.ours.fileno())
 
     def reap_all(self) -> None:
-        """The report of a send may come some time after its last byte has arrived."""
+        """The reports of sends may come some time after the last byte has arrived."""
         deadline = time.monotonic() + 10.0
-        while self.reap() == 0 and self.zerocopy.reported < self.zerocopy.sends and time.monotonic() < deadline:
-            time.sleep(0.001)
+        while self.zerocopy.reported < self.zerocopy.sends and time.monotonic() < deadline:
+            # A few at a time.
+            if self.reap() == 0:
+                time.sleep(0.001)
 
     @property
     def counts(self) -> tuple[int, int, int]:
