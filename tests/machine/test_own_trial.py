@@ -10,6 +10,7 @@ import pytest
 
 from kvmigrate.config import DiskConfig, HostSide
 from kvmigrate.errors import BadField
+from kvmigrate.machine import room
 from kvmigrate.machine.machine import Machine
 from kvmigrate.state.fidelity import Fidelity
 from kvmigrate.state.section import Section, decode, encode
@@ -128,8 +129,14 @@ def test_a_part_that_is_refused_is_taken_back_too(tmp_path: Path, stack: ExitSta
     assert unlike(before, machine.digest()) == []
 
 
-def test_memory_that_is_taken_for_the_guest_already_counts_as_room(tmp_path: Path, stack: ExitStack) -> None:
+def test_memory_that_is_taken_for_the_guest_already_counts_as_room(
+    tmp_path: Path, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = start(stack, machine_with(tmp_path, HANG))
-    machine = destination(stack, source)
-    assert refused(tried(machine, sampled(source), 1 << 50)).keys() == {"memory"}
-    assert refused(tried(machine, sampled(source), machine.memory.size_bytes)) == {}
+    machine, sections = destination(stack, source), sampled(source)
+    monkeypatch.setattr(room, "available_bytes", lambda: 0)
+    assert refused(tried(machine, sections, machine.memory.size_bytes)).keys() == {"memory"}
+    for slot in machine.memory.slots:
+        machine.memory.prefault(slot.base_gfn, slot.nr_pages)
+    assert refused(tried(machine, sections, machine.memory.size_bytes)) == {}
+    assert refused(tried(machine, sections, machine.memory.size_bytes + 1)).keys() == {"memory"}
