@@ -169,7 +169,7 @@ def test_traffic_in_both_directions_goes_on_over_moves_once_and_in_order(port: P
         sent += size
         size_in = draw.choice((1, 50, 4000))
         places += [(at, size_in) for at in port.offer(size_in)]
-        time.sleep(draw.random() / 100)
+        time.sleep(draw.random() / 1000)
         state = port.move_to(Console("console0", port.memory, pipes.backend(), 10_000))
         half_done += bool(state["passed"])
         # The ring has room for so many requests.
