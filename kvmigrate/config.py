@@ -11,12 +11,13 @@ from .errors import ConfigError
 from .record import dataclass, field
 
 PAGE_BYTES = 4096
-NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:iB|B)?", re.IGNORECASE)
-_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(us|ms|s|min|m)?")
+# Not compiled here: that takes as long as all the rest of this module, and re remembers what it has compiled.
+_NAME = "[A-Za-z0-9][A-Za-z0-9._-]{0,62}"
+_SIZE = r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:iB|B)?"
+_DURATION = r"(\d+(?:\.\d+)?)\s*(us|ms|s|min|m)?"
 # At most 15 characters, as the kernel takes them (dev_valid_name), and none that an option would be cut at.
-_INTERFACE = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9._-]{1,15}")
-_MAC = re.compile(r"[0-9a-fA-F]{2}(?::[0-9a-fA-F]{2}){5}", re.ASCII)
+_INTERFACE = r"(?!\.{1,2}$)[A-Za-z0-9._-]{1,15}"
+_MAC = "[0-9a-fA-F]{2}(?::[0-9a-fA-F]{2}){5}"
 _UNIT_BYTES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _UNIT_MS = {None: 1.0, "us": 0.001, "ms": 1.0, "s": 1000.0, "m": 60000.0, "min": 60000.0}
 MAX_CPUS = 64
@@ -24,9 +25,14 @@ MIN_MEMORY_BYTES = 1 << 20
 MAX_MEMORY_BYTES = 1 << 40
 
 
+def is_name(text: str) -> bool:
+    """Whether a VM, a disk or a network may be called that: it is safe in a file's name, a command line and a log."""
+    return re.fullmatch(_NAME, text) is not None
+
+
 def parse_size(text: str) -> int:
     """``1G``, ``512MiB``, ``1.5g`` or ``4096`` as bytes; units are powers of 1024."""
-    match = _SIZE.fullmatch(text.strip())
+    match = re.fullmatch(_SIZE, text.strip(), re.IGNORECASE)
     if match is None:
         raise ConfigError(f"{text!r} is not a size: write it like 512M, 1G or 1.5GiB")
     return round(float(match[1]) * _UNIT_BYTES[match[2].upper()])
@@ -39,7 +45,7 @@ def parse_rate(text: str) -> int:
 
 def parse_duration_ms(text: str) -> float:
     """``300ms``, ``1.5s`` or ``2min`` as milliseconds; a bare number is milliseconds."""
-    match = _DURATION.fullmatch(text.strip())
+    match = re.fullmatch(_DURATION, text.strip())
     if match is None:
         raise ConfigError(f"{text!r} is not a duration: write it like 300ms, 1.5s or 2min")
     return float(match[1]) * _UNIT_MS[match[2]]
@@ -159,10 +165,10 @@ class NetConfig:
     mac: bytes | None = None
 
     def __post_init__(self) -> None:
-        if not NAME_PATTERN.fullmatch(self.name) or len(self.name) > 20:
+        if not is_name(self.name) or len(self.name) > 20:
             what = f"{self.name!r:.80} is not a network's name"
             raise ConfigError(f"{what}: use letters, digits, dot, dash and underscore, at most 20")
-        if not _INTERFACE.fullmatch(self.interface):
+        if not re.fullmatch(_INTERFACE, self.interface):
             raise ConfigError(f"{self.interface!r:.80} is not an interface's name: it has at most 15 characters")
         if self.mac is not None and not is_station(self.mac):
             what = f"{self.mac.hex(':')} is not the address of one station"
@@ -181,7 +187,7 @@ class NetConfig:
             key, _, value = option.partition("=")
             if key != "mac" or mac is not None:
                 raise ConfigError(f"{option!r} is no option of a network: there is only mac=MAC")
-            if not _MAC.fullmatch(value):
+            if not re.fullmatch(_MAC, value):
                 raise ConfigError(f"{value!r} is not a MAC address: write it like 52:54:00:12:34:56")
             mac = bytes.fromhex(value.replace(":", ""))
         return cls(name, interface, mac)
@@ -208,7 +214,7 @@ class DiskConfig:
 
     def __post_init__(self) -> None:
         # As long as GET_ID can say (virtio 1.2, 5.2.6), so that a guest finds it under /dev/disk/by-id.
-        if not NAME_PATTERN.fullmatch(self.name) or len(self.name) > 20:
+        if not is_name(self.name) or len(self.name) > 20:
             what = f"{self.name!r:.80} is not a disk's name"
             raise ConfigError(f"{what}: use letters, digits, dot, dash and underscore, at most 20")
 
@@ -275,7 +281,7 @@ class MachineConfig:
             names = [part.name for part in parts]
             if len(set(names)) != len(names):
                 raise ConfigError(f"two {kind} have one name among {', '.join(names)}: give each its own")
-        if not NAME_PATTERN.fullmatch(self.name):
+        if not is_name(self.name):
             raise ConfigError(f"{self.name!r} is not a name: use letters, digits, dot, dash and underscore, at most 63")
         if self.memory_bytes % PAGE_BYTES or not MIN_MEMORY_BYTES <= self.memory_bytes <= MAX_MEMORY_BYTES:
             raise ConfigError(

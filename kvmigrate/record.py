@@ -9,7 +9,9 @@ library's own, whose functions work with these classes, too.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from operator import attrgetter
+from types import CodeType, FunctionType
 from typing import TYPE_CHECKING, Any
 
 
@@ -45,19 +47,29 @@ def _dataclass(plain: Any = None, /, *, frozen: bool = False, slots: bool = Fals
 def _init_of(made: Any, defaults: dict[str, Any]) -> Any:
     names = made.__match_args__
     # By the slots' own setters: all else of a frozen object refuses.
-    scope = {f"_set_{name}": getattr(made, name).__set__ for name in names} | {"_Factory": _Factory}
+    scope = {f"set{i}": getattr(made, name).__set__ for i, name in enumerate(names)} | {"_Factory": _Factory}
+    factories = tuple(isinstance(defaults.get(name), _Factory) for name in names)
+    code = _init_code(factories, hasattr(made, "__post_init__")).replace(
+        co_varnames=("self", *names), co_qualname=f"{made.__qualname__}.__init__"
+    )
+    return FunctionType(code, scope, "__init__", tuple(defaults.values()))
+
+
+@cache
+def _init_code(factories: tuple[bool, ...], post_init: bool) -> CodeType:
+    """The code of ``__init__`` for fields v0, v1 and so on: classes of one shape differ by names alone."""
     lines = []
-    for name in names:
-        if isinstance(defaults.get(name), _Factory):
-            lines.append(f"if type({name}) is _Factory: {name} = {name}.make()")
-        lines.append(f"_set_{name}(self, {name})")
-    if hasattr(made, "__post_init__"):
+    for i, factory in enumerate(factories):
+        if factory:
+            lines.append(f"if type(v{i}) is _Factory: v{i} = v{i}.make()")
+        lines.append(f"set{i}(self, v{i})")
+    if post_init:
         lines.append("self.__post_init__()")
-    exec(f"def __init__(self, {', '.join(names)}):\n " + "\n ".join(lines), scope)
-    init: Any = scope["__init__"]
-    init.__defaults__ = tuple(defaults.values())
-    init.__qualname__ = f"{made.__qualname__}.__init__"
-    return init
+    parameters = ", ".join(f"v{i}" for i in range(len(factories)))
+    scope: dict[str, Any] = {}
+    exec(f"def __init__(self, {parameters}):\n " + "\n ".join(lines), scope)
+    code: CodeType = scope["__init__"].__code__
+    return code
 
 
 def _eq(self: Any, other: Any) -> Any:

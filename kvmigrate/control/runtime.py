@@ -23,7 +23,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from ..config import NAME_PATTERN
+from ..config import is_name
 from ..errors import ConfigError, ControlError, HostError
 from ..record import dataclass
 
@@ -141,7 +141,7 @@ def claim(name: str) -> Claim:
 
 def check_name(name: str) -> None:
     """Raise :class:`ConfigError` unless ``name`` can be a VM's name (and so a file's)."""
-    if not NAME_PATTERN.fullmatch(name):
+    if not is_name(name):
         raise ConfigError(f"{name!r} is not a name: use letters, digits, dot, dash and underscore, at most 63")
 
 

@@ -6,6 +6,7 @@ from functools import cached_property
 
 from ..record import dataclass
 from ..state.section import Value
+from .lists import pack_cpuid
 
 CpuidEntry = dict[str, Value]
 
@@ -21,6 +22,11 @@ class Host:
     can_scale_tsc: bool
     has_tsc_deadline: bool
     nested_state_bytes: int
+
+    @cached_property
+    def packed_cpuid(self) -> bytes:
+        """The supported entries as KVM_SET_CPUID2 takes them."""
+        return pack_cpuid(self.supported_cpuid, "the CPUID that this host supports")
 
     @cached_property
     def cpuid_by_leaf(self) -> dict[tuple[int, int], CpuidEntry]:

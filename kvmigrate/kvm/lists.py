@@ -38,8 +38,7 @@ def read_cpuid(fd: int, request: int, what: str, nr_entries: int = MAX_CPUID_ENT
     found = ffi.cast("struct kvm_cpuid2 *", buffer)
     found.nent = nr_entries
     check(lib.kmig_ioctl(fd, request, buffer), what)
-    entries: list[dict[str, Value]] = _cpuid_table(found.nent).unpack(ffi.buffer(buffer))["entries"]
-    return entries
+    return list(_entries_of(bytes(ffi.buffer(buffer, _cpuid_table(found.nent).size_bytes)), found.nent))
 
 
 def pack_cpuid(entries: Sequence[Value], where: str) -> bytes:
@@ -57,6 +56,12 @@ def write_cpuid(fd: int, table: bytes) -> list[dict[str, Value]]:
     check(lib.kmig_ioctl(fd, lib.KVM_SET_CPUID2, ffi.from_buffer(table)), "KVM_SET_CPUID2")
     nr_entries = ffi.cast("struct kvm_cpuid2 *", ffi.from_buffer(table)).nent
     return read_cpuid(fd, lib.KVM_GET_CPUID2, "KVM_GET_CPUID2", nr_entries)
+
+
+@lru_cache(64)
+def _entries_of(table: bytes, nr_entries: int) -> tuple[dict[str, Value], ...]:
+    """Kept, since all vCPUs of all VMs have the same few tables: to look into one takes as long as to make a vCPU."""
+    return tuple(_cpuid_table(nr_entries).unpack(table)["entries"])
 
 
 @lru_cache(16)

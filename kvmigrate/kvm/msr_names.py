@@ -123,7 +123,6 @@ for _n in range(MAX_MCE_BANKS):
     for _k, _field in enumerate(MCE_FIELDS):
         _NAMES[IA32_MC0_CTL + 4 * _n + _k] = f"MSR_IA32_MC{_n}_{_field}"
 _INDICES = {name: index for index, name in _NAMES.items()}
-_HEX = re.compile(r"0x[0-9a-f]{1,8}")
 
 
 def msr_name(index: int) -> str:
@@ -135,7 +134,7 @@ def msr_index(name: str, where: str) -> int:
     """The number that :func:`msr_name` gave ``name`` to. Raises :class:`BadField` for a name that is none."""
     index = _INDICES.get(name)
     if index is None:
-        if type(name) is not str or not _HEX.fullmatch(name):
+        if type(name) is not str or not re.fullmatch("0x[0-9a-f]{1,8}", name):
             raise BadField(f"{where}: {str(name)[:40]!r} is not an MSR")
         index = int(name, 16)
     return index

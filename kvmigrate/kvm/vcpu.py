@@ -256,7 +256,7 @@ class Vcpu:
     def offer_cpuid(self) -> None:
         """Give the guest all that the host supports, and remember in ``offered_cpuid`` what the kernel made of it: a
         backend that runs the guest's CPUID instruction natively shows it more than it says that it supports."""
-        self.set_cpuid2(self.host.supported_cpuid)
+        self.set_cpuid2_packed(self.host.packed_cpuid)
         self.offered_cpuid = self.cpuid
 
     def setup_mce(self, mcg_cap: int) -> None:

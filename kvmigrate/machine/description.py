@@ -19,7 +19,7 @@ from ..state.section import Fields, Value
 from .boot_source import BootSource, read_boot_source
 from .specs import MAX_DEVICES, VirtioSpec, read_specs, specs_for, with_console, with_disks, with_nets, with_new_macs
 
-_UUID = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+_UUID = "[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"
 CpuidTable = list[dict[str, int]]
 
 
@@ -140,7 +140,7 @@ def _new_uuid() -> str:
 
 
 def _check_uuid(text: str) -> None:
-    if not _UUID.fullmatch(text):
+    if not re.fullmatch(_UUID, text):
         raise BadField(f"description: field 'uuid' is {text!r:.80}, which is not a UUID")
 
 

@@ -26,9 +26,7 @@ WINDOW_BYTES = 0x200
 
 
 class VirtioDevice(Device):
-    """One virtio device on ``memory``, paused. A subclass says what it is, and calls this last when it is made, since
-    its thread starts here: :meth:`close` it before ``memory``.
-    """
+    """One virtio device on ``memory``, paused. A subclass says what it is; :meth:`close` it before ``memory``."""
 
     samples_alone = True
     max_access_bytes = 4
@@ -45,8 +43,7 @@ class VirtioDevice(Device):
         self.handle: Any = created[0]
         self._status = self._driver_features = self._generation = 0
         self._device_features_sel = self._driver_features_sel = self._queue_sel = 0
-        self._thread = threading.Thread(target=self._serve_on, name=name, daemon=True)
-        self._thread.start()
+        self._thread: threading.Thread | None = None
 
     # What a subclass is
 
@@ -208,7 +205,11 @@ class VirtioDevice(Device):
     # States
 
     def _run_thread(self) -> None:
-        """Let the thread go on or park, as it should now."""
+        """Let the thread go on or park, as it should now. There is none until a driver is: most guests leave most of
+        their devices alone, and all threads together take as long to start as a VM takes to be made."""
+        if self._status & reg.DRIVER_OK and self._thread is None:
+            self._thread = threading.Thread(target=self._serve_on, name=self.name, daemon=True)
+            self._thread.start()
         if self._status & reg.DRIVER_OK and not self._paused:
             lib.kmig_virtio_resume(self.handle)
         else:
@@ -283,6 +284,7 @@ class VirtioDevice(Device):
         if self.handle is None:
             return
         lib.kmig_virtio_quit(self.handle)
-        self._thread.join()
+        if self._thread is not None:
+            self._thread.join()
         lib.kmig_virtio_destroy(self.handle)
         self.handle = None
