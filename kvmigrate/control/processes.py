@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from ..memory.prefault import SpareMemory
     from .session import Session
 
+SWITCH_INTERVAL_S = 0.0005
+"""How long one Python thread may make another wait, which may be a vCPU's with an exit in hand, or the blackout's."""
 ShowFidelity = Callable[[Fidelity], None]
 """Told what became of every item of state once it is loaded."""
 
@@ -166,6 +168,8 @@ def _claimed(name: str, held: Path | None = None) -> Iterator[runtime.Claim]:
     the process in good order from here on, by its exit status."""
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     _signals.clear()
+    # From the start: the guest runs while all that serves it is still being loaded.
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     hook, sys.unraisablehook = sys.unraisablehook, _unraisable
     before = [signal.signal(number, _stopped) for number in numbers]
     try:

@@ -37,8 +37,6 @@ if TYPE_CHECKING:
     from ..migration.address import Listener
     from .incoming import IncomingJob
 
-SWITCH_INTERVAL_S = 0.0005
-"""How long one Python thread may make another wait: in the blackout each such wait is the guest's."""
 LINGER_S = 30.0
 """How long the process of a guest that moved away waits for its clients to read the result."""
 QUITTER_S = 2.0
@@ -272,7 +270,6 @@ class Session:
         self._over = self._loop.create_future()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             self._loop.add_signal_handler(number, self.signalled, number)
-        sys.setswitchinterval(SWITCH_INTERVAL_S)
         control, console = self._claim.listeners
         await self._server.start(control)
         self._console.start(console)

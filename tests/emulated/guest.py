@@ -24,7 +24,7 @@ DRIVERS = (
 TOOLS = (
     "sh", "mount", "insmod", "cat", "ls", "echo", "sleep", "dmesg", "grep", "nproc", "stty", "poweroff", "reboot", "dd",
     "md5sum", "sync", "ifconfig", "ip", "ping", "nc", "wc", "cut", "usleep", "cmp", "uptime", "mkdir", "awk", "kill",
-    "pkill", "od",
+    "pkill", "od", "udhcpc",
 )  # fmt: skip
 LOAD = Path(__file__).with_name("load.c")
 INIT = """#!/bin/sh

@@ -35,13 +35,15 @@ LEFT_OUT = re.compile(r"\.a$|^config-|^_tkinter|^_test|\.opt-\d\.pyc$")
 REQUIREMENTS = ("kvmigrate", "pytest", "pytest-timeout", "hypothesis", "qemu.qmp")
 STRIP_FROM_BYTES = 256 << 10
 TOOLS = (
-    "sh", "mount", "insmod", "ifconfig", "poweroff", "mkdir", "cat", "sleep", "ls", "mktemp", "dd", "grep", "rm", "wc",
-    "stty",
+    "mount", "insmod", "ifconfig", "poweroff", "mkdir", "cat", "sleep", "ls", "mktemp", "dd", "grep", "rm", "wc",
+    "stty", "chroot",
 )  # fmt: skip
-OWN_TOOLS = ("as", "ld", "ip")
-"""This machine's, since BusyBox has none or one that knows less."""
+OWN_TOOLS = ("as", "ld", "ip", "pasta", "dash")
+"""This machine's, since BusyBox has none or one that knows less: its shell takes its own tools before those of PATH."""
 INIT = """#!/bin/sh
 export PATH=/bin:/site/bin HOME=/root TMPDIR=/tmp LANG=C.UTF-8
+# The kernel's first root can have no other in its place (pivot_root(2)), which pasta wants; one that lies over it can.
+[ -d /first ] || {{ mkdir /first; mount -o bind / /first; cd /first; mount -o move . /; exec chroot . /init; }}
 mount -t proc proc /proc; mount -t sysfs sys /sys; mount -t devtmpfs dev /dev
 mkdir -p /dev/pts /dev/shm
 mount -t devpts pts /dev/pts; mount -t tmpfs shm /dev/shm; mount -t tmpfs run /run; mount -t tmpfs tmp /tmp
@@ -77,6 +79,7 @@ def write_base(path: Path, kernel: Kernel) -> None:
         for tool in TOOLS:
             archive.add_link(f"bin/{tool}", "busybox")
         _add_own_tools(archive)
+        archive.add_link("bin/sh", "dash")
         for name, content in kernel.modules():
             archive.add_bytes(f"modules/{name}.ko", content)
         add_guest(archive, kernel)

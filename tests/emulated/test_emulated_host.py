@@ -43,7 +43,7 @@ LOTS = (
     # The longest first: the others start where one of them is done. A test looks for room for 8 GiB, and uses none.
     Lot("suite", ("-m kvm tests/kvm tests/machine",), 220, memory="9G"),
     Lot("guests", tuple(f"tests/emulated/inside/{name}.py" for name in ("moving", "clocks", "linux", "console")), 9),
-    Lot("devices", tuple(f"tests/emulated/inside/{name}.py" for name in ("storage", "rebooting", "example")), 4),
+    Lot("devices", tuple(f"tests/emulated/inside/{name}.py" for name in ("storage", "rebooting", "example")), 5),
     Lot(
         "kernels",
         ("tests/emulated/inside/kernels.py", *["tests/emulated/inside/stages.py"] * LONG),

@@ -1,6 +1,7 @@
 """Linux moves between two hosts with two kernels and a network between them, and everyone who watches agrees.
 
-``make test-hosts`` sets KVMIGRATE_HOPS for longer journeys, of a guest with one processor too.
+Two guests make the same journey, each between two hosts of its own; ``make test-hosts`` sets KVMIGRATE_HOPS for longer
+ones.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ import json
 import os
 import socket
 import time
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -28,11 +30,14 @@ from .inside.linux import unexplained
 
 LONG = "KVMIGRATE_HOPS" in os.environ
 HOPS = int(os.environ.get("KVMIGRATE_HOPS", "10"))
-GUEST_CPUS: tuple[int, ...] = (1, 2) if LONG else (2,)
+GUEST_CPUS = (1, 2)
+# Short journeys go side by side: of two hosts one waits for the other for much of the time.
+AT_ONCE = 1 if LONG else len(GUEST_CPUS)
 TIMEOUT_S = 600 + 120 * HOPS
 DISK_BYTES = 2 << 20
 
-pytestmark = pytest.mark.timeout(TIMEOUT_S + 120)
+# The second one may wait for the first.
+pytestmark = pytest.mark.timeout(2 * TIMEOUT_S + 120)
 
 
 def wire(host: int, port: int) -> list[str]:
@@ -76,21 +81,34 @@ def start(host: int, cpus: int, port: int, directory: Path) -> Outcome:
     return run(" && ".join(commands), here, TIMEOUT_S, *options, cpus=1)
 
 
-def travel(cpus: int, directory: Path) -> list[Outcome]:
-    """What is left of both hosts between which a guest with ``cpus`` processors moved."""
+def travel(cpus: int, port: int, directory: Path) -> list[Outcome]:
+    """What is left of both hosts between which a guest with ``cpus`` processors moved; their cable is ``port``."""
     directory.mkdir()
     with (directory / "disk.img").open("wb") as disk:
         disk.truncate(DISK_BYTES)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     with ThreadPoolExecutor(2) as pool:
         return list(pool.map(lambda host: start(host, cpus, port, directory), (0, 1)))
 
 
+def free_ports(count: int) -> list[int]:
+    """So many ports of the loopback that nobody has."""
+    with ExitStack() as stack:
+        probes = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return [probe.getsockname()[1] for probe in probes]
+
+
+@pytest.fixture(scope="module")
+def journeys(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mapping[int, Future[list[Outcome]]]]:
+    """What is left of each guest's hosts, by the number of its processors."""
+    top = tmp_path_factory.mktemp("hosts")
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        ports = zip(GUEST_CPUS, free_ports(len(GUEST_CPUS)), strict=True)
+        yield {cpus: pool.submit(travel, cpus, port, top / f"journey{cpus}") for cpus, port in ports}
+
+
 @pytest.fixture(scope="module", params=GUEST_CPUS, ids=[f"cpus={cpus}" for cpus in GUEST_CPUS])
-def reports(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Mapping[str, Any]]:
-    outcomes = travel(request.param, tmp_path_factory.mktemp("hosts") / "journey")
+def reports(request: pytest.FixtureRequest, journeys: Mapping[int, Future[list[Outcome]]]) -> list[Mapping[str, Any]]:
+    outcomes = journeys[request.param].result()
     for outcome in outcomes:
         assert outcome.status == 0, outcome.console[-8000:]  # None: the host never came to its end
     return [json.loads(outcome.sent) for outcome in outcomes]
