@@ -16,7 +16,7 @@ PLANS = [
     Plan("empty", 3, loopback.empty),
     loopback.hot(64, 0),
     loopback.hot(256, 0),
-    Plan("save", 5, saves.save),
+    Plan("save", 9, saves.save),
     Plan("restore", 5, saves.restore),
     Plan("restore-sparse", 5, saves.restore_sparse),
     Plan("restore-embedded", 30, saves.restore_embedded),

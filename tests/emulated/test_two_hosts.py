@@ -98,11 +98,15 @@ def free_ports(count: int) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def journeys(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mapping[int, Future[list[Outcome]]]]:
-    """What is left of each guest's hosts, by the number of its processors."""
+def journeys(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Mapping[int, Future[list[Outcome]]]]:
+    """What is left of the hosts of each guest that a chosen test asks for, by the number of its processors."""
     top = tmp_path_factory.mktemp("hosts")
+    items = [item for item in request.session.items if isinstance(item, pytest.Function) and hasattr(item, "callspec")]
+    chosen = [cpus for cpus in GUEST_CPUS if any(item.callspec.params.get("reports") == cpus for item in items)]
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        ports = zip(GUEST_CPUS, free_ports(len(GUEST_CPUS)), strict=True)
+        ports = zip(chosen, free_ports(len(chosen)), strict=True)
         yield {cpus: pool.submit(travel, cpus, port, top / f"journey{cpus}") for cpus, port in ports}
 
 
