@@ -203,7 +203,7 @@ def move(source: Machine, destination: Machine, address: str) -> Iterator[dict[s
 def measure(system: str, recorder: Recorder, files: Path, failures: list[str]) -> Sample:
     """One guest's life: it boots, works and moves. What failed is noted; what was measured before it is kept."""
     figures: dict[str, float] = {}
-    machines = []
+    machines: list[Machine] = []
     with scratch(files) as directory:
         try:
             for part in _life(system, recorder, directory, files, machines):
@@ -229,7 +229,8 @@ def _life(
         if address is None:
             yield from boot(machines[0])
             yield from works(machines[0])
-    yield from move(*machines, incoming)
+    source, destination = machines
+    yield from move(source, destination, incoming)
 
 
 @contextmanager

@@ -37,8 +37,8 @@ def copy() -> Sample:
     with mmap.mmap(-1, COPY_BYTES) as source, mmap.mmap(-1, COPY_BYTES) as target:
         for one in (source, target):
             one.madvise(MADV_POPULATE_WRITE)
-        addresses = [ctypes.addressof(ctypes.c_char.from_buffer(one)) for one in (target, source)]
-        return timed(COPY_BYTES, lambda: ctypes.memmove(*addresses, COPY_BYTES))
+        to, of = [ctypes.addressof(ctypes.c_char.from_buffer(one)) for one in (target, source)]
+        return timed(COPY_BYTES, lambda: ctypes.memmove(to, of, COPY_BYTES))
 
 
 def touch(*, huge: bool) -> Sample:

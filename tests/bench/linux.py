@@ -77,7 +77,8 @@ def page(rows: Sequence[Series]) -> str:
 def _line(name: str, rows: Sequence[Series]) -> list[str]:
     ours = [median(row.values(name)) for row in rows if row.ours and row.values(name)]
     others = [median(row.values(name)) for row in rows if not row.ours and row.values(name)]
-    ratio = number(ours[0] / min(others)) if ours and others and min(others) else ""
+    least = min(others, default=0.0)
+    ratio = number(ours[0] / least) if ours and least else ""
     return [name, *(_spread(row.values(name)) for row in rows), ratio]
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from .embedded import Embedded
 from .goals import Goal, Group
@@ -24,6 +25,7 @@ from .warm import MADV_POPULATE_WRITE, warm
 MIB = 1 << 20
 PLAIN = "plain copy"
 HEARD = "first heartbeat ms"
+AnyVm = TypeVar("AnyVm", bound=Vm)
 
 
 @contextmanager
@@ -49,7 +51,7 @@ def save(files: Path) -> Iterator[Group]:
         yield Group(title, rows, ["total ms", "longest silence ms"], goals)
 
 
-def _held(stack: ExitStack, boot: Callable[[], Vm]) -> Vm:
+def _held(stack: ExitStack, boot: Callable[[], AnyVm]) -> AnyVm:
     vm = boot()
     stack.callback(vm.close)
     vm.heartbeats.wait_first(READY_S)

@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kvmigrate.boot.detect import detect
+from kvmigrate.boot.entry import EntryState
 from kvmigrate.boot.image import Image
 from kvmigrate.boot.linux import load_linux
 from kvmigrate.boot.multiboot import load_multiboot
@@ -103,7 +104,8 @@ class CheckedMemory:
         self.written.append((gpa, len(data)))
 
 
-LOADERS = {
+Loader = Callable[[LoadPlan, Image | None, bytes], EntryState]
+LOADERS: dict[str, tuple[Callable[[Path], Path], Loader]] = {
     "multiboot": (multiboot_kernel, load_multiboot),
     "pvh": (pvh_kernel, load_pvh),
     "linux": (bzimage, load_linux),

@@ -164,7 +164,7 @@ def test_initrd_goes_below_the_kernel_when_there_is_no_room_above(load: Load, tm
     ],
 )
 def test_a_header_that_cannot_be_is_refused(load: Load, tmp_path: Path, fields: dict[str, int], why: str) -> None:
-    image = bzimage(tmp_path, **fields)
+    image = bzimage(tmp_path, LINUX_CODE, **fields)
     with pytest.raises(ConfigError, match=f"^{image}: .*({why})"):
         load(image, cmdline="four")
 

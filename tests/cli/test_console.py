@@ -56,7 +56,13 @@ class Screen:
                 time.sleep(0.05)
 
     def wait_for(self, text: bytes) -> None:
-        wait_until(lambda: text in self.seen or self.read(), f"{text!r} on the terminal, which shows {self.seen!r}")
+        def shown() -> bool:
+            if text in self.seen:
+                return True
+            self.read()
+            return False
+
+        wait_until(shown, f"{text!r} on the terminal, which shows {self.seen!r}")
 
     def type(self, keys: bytes) -> None:
         os.write(self.master, keys)
@@ -221,6 +227,12 @@ def test_a_pipe_goes_through_and_its_end_detaches(host: Host) -> None:
         assert process.poll() is None
 
 
+def wait_until_longer(log: Path, by_bytes: int) -> None:
+    """Until ``log`` has grown by more than that."""
+    size = log.stat().st_size
+    wait_until(lambda: log.stat().st_size > size + by_bytes, "more heartbeats")
+
+
 def test_a_stopped_console_does_not_hold_up_the_guest_or_its_move(host: Host, tmp_path: Path) -> None:
     log = tmp_path / "one.log"
     options = ("--memory", "64M", "--serial", f"file:{log}", "--append", "fill=8 beat=1")
@@ -229,8 +241,7 @@ def test_a_stopped_console_does_not_hold_up_the_guest_or_its_move(host: Host, tm
         with attached(host, "one") as screen, waiting(host, "two") as (_, address):
             os.kill(screen.pid, signal.SIGSTOP)
             for _ in range(2):
-                size = log.stat().st_size
-                wait_until(lambda size=size: log.stat().st_size > size + 5000, "more heartbeats")
+                wait_until_longer(log, 5000)
             sent = host("send", "one", address, "--json")
             assert sent.status == 0
             assert sent.json["downtime"] < 300

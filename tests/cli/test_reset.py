@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from qemu.qmp import QMPClient
 
+from tests.qemu_qmp import next_event
+
 from . import sectors
 from .command import Host, wait_until
 from .test_vm import SMALL, ended, running, waiting
@@ -28,7 +30,7 @@ async def events_of(socket: Path, command: str, nr_events: int) -> list[tuple[st
     await client.connect(str(socket))
     with client.listener(("RESET", "SHUTDOWN")) as listener:
         assert await client.execute(command) == {}
-        events = [await asyncio.wait_for(listener.get(), 30) for _ in range(nr_events)]
+        events = [await next_event(listener, 30) for _ in range(nr_events)]
     # The process may be gone already.
     with suppress(EOFError):
         await client.disconnect()

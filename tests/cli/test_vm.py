@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 from qemu.qmp import ExecuteError, QMPClient
 
+from tests.qemu_qmp import ask, next_event
+
 from . import sectors
 from .command import Host, wait_until
 
@@ -213,7 +215,7 @@ async def _fail_quietly(client: QMPClient) -> None:
     """A migration to nowhere; without the capability ``events`` it is told to those who ask alone, as by QEMU."""
     with client.listener(("MIGRATION", "MIGRATION_PASS")) as listener:
         await client.execute("migrate", {"uri": "tcp:127.0.0.1:1"})
-        while (info := await client.execute("query-migrate"))["status"] != "failed":
+        while (info := await ask(client, "query-migrate"))["status"] != "failed":
             await asyncio.sleep(0.05)
         assert "Connection refused" in info["error-desc"]
         assert listener.empty()
@@ -225,8 +227,8 @@ async def _script_for_qemu(socket: Path, uri: str) -> list[str]:
     await client.connect(str(socket))
     assert (await client.execute("query-kvm")) == {"enabled": True, "present": True}
     assert (await client.execute("query-migrate")) == {}
-    assert (await client.execute("query-status"))["running"] is True
-    assert len(await client.execute("query-cpus-fast")) == 1
+    assert (await ask(client, "query-status"))["running"] is True
+    assert len(await ask(client, "query-cpus-fast")) == 1
     await _fail_quietly(client)
     capabilities = [{"capability": "events", "state": True}, {"capability": "multifd", "state": False}]
     await client.execute("migrate-set-capabilities", {"capabilities": capabilities})
@@ -235,16 +237,16 @@ async def _script_for_qemu(socket: Path, uri: str) -> list[str]:
     with client.listener(("MIGRATION", "STOP")) as listener:
         await client.execute("migrate", {"uri": uri})
         while "completed" not in statuses:
-            told = await asyncio.wait_for(listener.get(), 30)
+            told = await next_event(listener, 30)
             statuses.append(told["data"]["status"] if told["event"] == "MIGRATION" else told["event"])
-    figures = await client.execute("query-migrate")
+    figures = await ask(client, "query-migrate")
     assert figures["status"] == "completed"
     assert figures["ram"]["total"] == 8 << 20
     assert figures["ram"]["remaining"] == 0
     assert figures["ram"]["transferred"] > 0
     assert figures["ram"]["dirty-sync-count"] >= 1
     assert {"total-time", "downtime", "setup-time"} <= figures.keys()
-    assert (await client.execute("query-status"))["status"] == "postmigrate"
+    assert (await ask(client, "query-status"))["status"] == "postmigrate"
     with pytest.raises(ExecuteError, match="postmigrate"):
         await client.execute("cont")
     await client.execute("quit")

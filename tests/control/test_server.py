@@ -20,6 +20,7 @@ from kvmigrate.contract import RunState
 from kvmigrate.control import commands, schema, server
 from kvmigrate.control.client import Client
 from kvmigrate.errors import ControlError
+from tests.qemu_qmp import ask, next_event
 
 from .fake_vm import FakeVm, serving
 
@@ -296,11 +297,11 @@ async def _drive(path: Path) -> list[str]:
     seen: list[str] = []
     await client.connect(str(path))
     with client.listener() as listener:
-        assert (await client.execute("query-status"))["status"] == "running"
+        assert (await ask(client, "query-status"))["status"] == "running"
         await client.execute("stop")
         await client.execute("cont")
         for _ in range(2):
-            seen.append((await asyncio.wait_for(listener.get(), 10))["event"])
+            seen.append((await next_event(listener, 10))["event"])
     with pytest.raises(ExecuteError, match="has not been found") as caught:
         await client.execute("device_add", {"driver": "virtio-net-pci"})
     assert caught.value.error_class == "CommandNotFound"

@@ -44,9 +44,10 @@ backend.close()
 """
 
 
-def echo_guest(spec: str, **streams: int) -> subprocess.Popen[bytes]:
+def echo_guest(spec: str, stdin: int, stdout: int) -> subprocess.Popen[bytes]:
     """A process whose guest says ``ready`` and echoes its input up to a q."""
-    return subprocess.Popen([sys.executable, "-c", ECHO_GUEST, spec], stderr=subprocess.PIPE, **streams)
+    command = [sys.executable, "-c", ECHO_GUEST, spec]
+    return subprocess.Popen(command, stdin=stdin, stdout=stdout, stderr=subprocess.PIPE)
 
 
 def running(backend: Backend) -> Serial:

@@ -73,7 +73,8 @@ def outcomes(
 ) -> Iterator[Mapping[Lot, Future[Outcome]]]:
     """What the hosts of the chosen lots leave, two of them at work at once."""
     items = [item for item in request.session.items if isinstance(item, pytest.Function) and hasattr(item, "callspec")]
-    chosen = [item.callspec.params["lot"] for item in items if "lot" in item.callspec.params]
+    lots = [item.callspec.params.get("lot") for item in items]
+    chosen = [lot for lot in lots if isinstance(lot, Lot)]
     with ThreadPoolExecutor(AT_ONCE) as pool:
         yield {lot: pool.submit(start, lot, tmp_path_factory.mktemp(lot.name)) for lot in chosen}
 

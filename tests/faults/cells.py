@@ -149,8 +149,9 @@ def attempt(traveller: Traveller, strike: Strike, connections: int = 2) -> Attem
         strike.call = victims[strike.victim].kill
     elif strike.victim == "cancel":
         strike.call = lambda: cancel(source, strike)
+    parameters: dict[str, Any] = {"x-kvmigrate-timeout": TIMEOUT_MS, "multifd-channels": connections}
     try:
-        job = migrate(source, proxy.address, **{"x-kvmigrate-timeout": TIMEOUT_MS, "multifd-channels": connections})
+        job = migrate(source, proxy.address, **parameters)
     except ControlError:
         # The process is gone: killed, or moved away after a doubt that was over before we could ask.
         assert strike.victim == "kill-source" or source.wait_end(ENDED_S) == MOVED, source.stderr

@@ -95,8 +95,12 @@ def test_vcpus_with_one_tsc_offset_get_one_again() -> None:
         for body in saved[1]:
             body["tsc_offset"] = 12345
         given: list[int] = []
+
+        def take(offset: int) -> None:
+            given.append(offset)
+
         for vcpu in target.vm.vcpus:
-            vcpu.set_tsc_offset = given.append  # type: ignore[method-assign]
+            vcpu.set_tsc_offset = take  # type: ignore[method-assign]
         load(saved, source, target)
         assert len(given) == 2
         assert given[0] == given[1]

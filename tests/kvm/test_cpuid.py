@@ -95,6 +95,7 @@ def test_names_are_at_their_bits() -> None:
 
 
 def test_cpuid_that_cannot_be_is_refused() -> None:
+    hostile: Any
     for hostile in ([], [entry(1)] * 257, [entry(1), entry(1)], [{}], [entry(1, eax=-1)], "text", [entry(1, eax=True)]):
         with pytest.raises(BadField, match="cpuid"):
             parse_cpuid(hostile, [], "cpuid")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+from typing import Any
 
 import pytest
 
@@ -140,6 +141,11 @@ COPY_INPUT = "b80040 8ec0 31ff fc bafd03 ec a801 74fb baf803 ec aa 81e7ff7f ebed
 STOSB_AT = CODE + 20
 
 
+def wait_until_fewer_are_held(uart: Any, nr: int) -> None:
+    """Until the guest has taken so many from the receive FIFO that fewer than ``nr`` are left."""
+    wait_until(lambda: lib.kmig_uart_room(uart) > 16 - nr)
+
+
 @KICKS
 def test_input_that_the_core_answers_is_never_half_done_after_a_pause(kick: int) -> None:
     """What left the receive FIFO is in the guest's memory, or in AL right before the store."""
@@ -159,7 +165,7 @@ def test_input_that_the_core_answers_is_never_half_done_after_a_pause(kick: int)
             room = lib.kmig_uart_room(uart) - 1
             lib.kmig_uart_receive(uart, bytes((nr_given + n) & 0xFF for n in range(room)), room)
             nr_given += room
-            wait_until(lambda left=turn % 8 + 4: lib.kmig_uart_room(uart) > 16 - left)
+            wait_until_fewer_are_held(uart, turn % 8 + 4)
             vm.group.pause(5000)
             lib.kmig_uart_get(uart, state)
             regs = vm.cpu.get_regs()

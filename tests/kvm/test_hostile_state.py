@@ -20,7 +20,7 @@ def damage(body: dict[str, Any], path: tuple[Any, ...], value: Any) -> None:
     for key in path[:-1]:
         body = body[key]
     if value is KeyError:
-        del body[path[-1]]  # type: ignore[arg-type]
+        del body[path[-1]]
     else:
         body[path[-1]] = value
 

@@ -25,7 +25,7 @@ OF_PAGE = bytes(range(16))
 
 def behind_ns(machine: Machine) -> int:
     """How far kvmclock is behind the host's own clock, by the closest pair of readings."""
-    pairs = []
+    pairs: list[tuple[int, int]] = []
     for _ in range(20):
         before, clock, after = time.monotonic_ns(), machine.platform.vm.get_clock()["clock"], time.monotonic_ns()
         pairs.append((after - before, (before + after) // 2 - clock))

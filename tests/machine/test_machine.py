@@ -22,6 +22,7 @@ from .boot_sector import (
     machine_with,
     out_byte,
     protected_mode_machine,
+    runstate_of,
 )
 
 pytestmark = pytest.mark.kvm
@@ -127,9 +128,9 @@ def test_pause_is_idempotent_and_resume_goes_on(hanging: Machine) -> None:
     hanging.resume()
     hanging.pause()
     hanging.pause()
-    assert hanging.runstate is RunState.PAUSED
+    assert runstate_of(hanging) is RunState.PAUSED
     hanging.resume()
-    assert hanging.runstate is RunState.RUNNING
+    assert runstate_of(hanging) is RunState.RUNNING
 
 
 def test_a_machine_that_never_ran_has_no_entries(hanging: Machine) -> None:

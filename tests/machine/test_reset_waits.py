@@ -20,7 +20,7 @@ from kvmigrate.machine.reset import SECTION, take_pending
 from kvmigrate.state.section import Section
 from tests.cli.command import wait_until
 
-from .boot_sector import HANG, machine_with
+from .boot_sector import HANG, machine_with, runstate_of
 from .resets import (
     BY_ACPI,
     counting,
@@ -111,12 +111,12 @@ def test_what_is_not_there_to_boot_ends_the_guest_with_the_reason(
     # The operator is told, and nothing happens to the guest.
     with pytest.raises(ConfigError, match=text):
         machine.reset()
-    assert machine.runstate is RunState.RUNNING and machine.end is None
+    assert runstate_of(machine) is RunState.RUNNING and machine.end is None
     ask(machine)
     end = wait_for_end(machine)
     assert (end.kind, end.exit_status) == ("reset", 10)
     assert str(tmp_path / "image") in end.text and text in end.text
-    assert machine.runstate is RunState.SHUTDOWN
+    assert runstate_of(machine) is RunState.SHUTDOWN
 
 
 def test_a_guest_of_which_nobody_knows_what_it_booted_ends_at_a_reset(tmp_path: Path, stack: ExitStack) -> None:

@@ -109,8 +109,8 @@ def test_over_a_slow_link_on_which_pages_wait_a_writing_guest_arrives_whole(tmp_
 class TestRefused:
     """What cannot be is said before a page moves, and the guest runs on."""
 
-    def refused(self, machine: FakeMachine, receiving: Receiving, directory: Path, **parameters: float) -> str:
-        outcome = migrate(machine, receiving.address, directory, zero_copy=True, **parameters)
+    def refused(self, machine: FakeMachine, receiving: Receiving, directory: Path, connections: int = 1) -> str:
+        outcome = migrate(machine, receiving.address, directory, zero_copy=True, connections=connections)
         assert isinstance(outcome.error, ConfigError)
         assert "\n" not in str(outcome.error) and "--zerocopy" in str(outcome.error)
         check_resumed(machine)
@@ -186,8 +186,10 @@ def test_a_link_that_fails_with_sends_under_way_resumes_the_source(
     receiving = receive(in_doubt_ms=200.0, timeout_ms=patience_ms(action))
     proxy = proxy_to(receiving, Rule("out", 0, action, at=200_000, connection=connection, kind="PAGES"))
     # Under a cap no connection takes all there is before the others have begun.
-    limits = {"timeout_ms": patience_ms(action), "bandwidth_bytes_s": 64 * MIB}
-    outcome = migrate(large, proxy.address, tmp_path, connections=connection, zero_copy=True, **limits)
+    outcome = migrate(
+        large, proxy.address, tmp_path, connections=connection, zero_copy=True, timeout_ms=patience_ms(action),
+        bandwidth_bytes_s=64 * MIB,
+    )  # fmt: skip
     assert proxy.hit.is_set()
     assert outcome.error is not None
     assert "\n" not in str(outcome.error)

@@ -100,7 +100,12 @@ def test_paused_mode_stops_the_guest_until_the_files_are_flushed(
 ) -> None:
     flushed: list[RunState] = []
     publish = staging.Staging.publish
-    monkeypatch.setattr(staging.Staging, "publish", lambda self: (flushed.append(machine.runstate), publish(self))[1])
+
+    def publish_watched(self: staging.Staging) -> None:
+        flushed.append(machine.runstate)
+        publish(self)
+
+    monkeypatch.setattr(staging.Staging, "publish", publish_watched)
     with guest() as machine:
         machine.fill(100)
         result = take(machine, tmp_path / "s", PAUSED)

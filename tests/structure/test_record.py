@@ -6,6 +6,7 @@ import ast
 import copy
 import dataclasses
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -61,7 +62,7 @@ def outcome(call: Any) -> Any:
         return type(error), str(error).replace("Theirs", "Ours")
 
 
-CALLS = {
+CALLS: dict[str, Callable[[Any], Any]] = {
     "all defaults": lambda kind: kind("a"),
     "by name": lambda kind: kind(parts=(1,), name="a"),
     "no name": lambda kind: kind(),
@@ -98,9 +99,11 @@ def test_replace_and_asdict_are_like_the_standard_library_s() -> None:
     one = Loose(1, Ours("a", (1,), ["x"]))
     assert record.replace(one, value=2) == dataclasses.replace(one, value=2) == Loose(2, one.inner)
     assert record.asdict(one) == dataclasses.asdict(one)
+    assert one.inner is not None
     assert record.asdict(one)["inner"]["notes"] is not one.inner.notes
+    unknown: dict[str, Any] = {"other": 2}
     with pytest.raises(TypeError):
-        record.replace(one, other=2)
+        record.replace(one, **unknown)
 
 
 def test_a_record_that_is_not_frozen_can_be_changed_and_has_no_hash() -> None:

@@ -25,6 +25,8 @@ NEXT, WRITE, INDIRECT = 1, 2, 4
 WAIT_S = 10.0
 Buffer = tuple[int, int, int]
 """gpa, length, flags (WRITE or 0)."""
+Pages = set[int]
+"""Page frames. Inside of the driver ``set`` writes a register."""
 
 
 def guest_bytes(memory: GuestMemory, gpa: int, size: int) -> Any:
@@ -36,9 +38,9 @@ def guest_bytes(memory: GuestMemory, gpa: int, size: int) -> Any:
     raise AssertionError(f"{gpa:#x} is not RAM")
 
 
-def dirty_pages(memory: GuestMemory) -> set[int]:
+def dirty_pages(memory: GuestMemory) -> Pages:
     """The page frames that a sync finds written by the VMM since the last one."""
-    found: set[int] = set()
+    found: Pages = set()
     for at, slot in enumerate(memory.slots):
         pending = memory.handle.slot[at].pending
         found |= {slot.base_gfn + n for n in range(slot.nr_pages) if pending[n // 64] >> n % 64 & 1}
@@ -142,7 +144,7 @@ class Driver:
         found = struct.unpack("<II", self.take(at, 8))
         return found[0], found[1]
 
-    def synced(self) -> set[int]:
+    def synced(self) -> Pages:
         """Sync the dirty log; the pages that it found."""
         self.log.sync()
         return dirty_pages(self.memory)

@@ -66,7 +66,7 @@ class Ring:
 
     def nr_used(self) -> int:
         """How many buffers came back that :meth:`take_used` has not given yet."""
-        (index,) = struct.unpack("<H", self.memory.read(self.used + 2, 2))
+        index = int.from_bytes(self.memory.read(self.used + 2, 2), "little")
         return (index - self.used_seen) & 0xFFFF
 
     def wait_used(self, nr: int = 1) -> list[tuple[int, int]]:

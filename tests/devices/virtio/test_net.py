@@ -6,6 +6,7 @@ import socket
 import struct
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
@@ -250,6 +251,11 @@ def break_rules(driver: Driver, how: str) -> None:
     rx, tx, ctrl = driver.rings
     page = driver.buffer()
     far = 1 << 40
+
+    def put_endless() -> None:
+        tx.describe(0, page, 64, 1, 0)
+        tx.offer(0)
+
     acts: dict[str, Callable[[], object]] = {
         "a packet shorter than its header": lambda: tx.put((page, 11, 0)),
         "a packet that only the device may write": lambda: tx.put((page, 64, WRITE)),
@@ -260,7 +266,7 @@ def break_rules(driver: Driver, how: str) -> None:
         "a buffer outside of memory": lambda: rx.put((far, 2048, WRITE)),
         "a command of one byte": lambda: ctrl.put((page, 1, 0), (page, 1, WRITE)),
         "a command without room for an answer": lambda: ctrl.put((page, 2, 0)),
-        "a chain without an end": lambda: (tx.describe(0, page, 64, 1, 0), tx.offer(0)),
+        "a chain without an end": put_endless,
         "a descriptor that does not exist": lambda: tx.offer(60000),
     }
     assert acts.keys() == set(BROKEN_RULES)
@@ -307,7 +313,7 @@ def test_a_move_in_the_middle_of_traffic_loses_no_packet_that_was_queued(
     driver: Driver, new_driver: Callable[..., Driver], network: socket.socket
 ) -> None:
     frames = [NO_HEADER + payload(300, at) for at in range(60)]
-    arrived = []
+    arrived: list[bytes] = []
     driver.send(*frames[:30])
     driver.net.pause()
     before = driver.rings[TX].nr_used()
@@ -375,6 +381,7 @@ def test_a_state_that_cannot_be_changes_nothing(driver: Driver, change: dict[str
     with pytest.raises(BadField):
         driver.net.load(body | change)
     assert driver.net.save() == body
+    wrong: Any
     for wrong in (None, [], {key: value for key, value in body.items() if key != "announce"}):
         with pytest.raises(BadField):
             driver.net.load(wrong)

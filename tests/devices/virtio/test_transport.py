@@ -228,6 +228,7 @@ def test_a_device_whose_thread_dies_is_broken_for_good_and_says_so(
 ) -> None:
     disk = new_disk()
     disk.driver.start()
+    assert disk.device._thread is not None
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     # poll(2) of more descriptors than a process may have is EINVAL.
     resource.setrlimit(resource.RLIMIT_NOFILE, (1, limits[1]))
