@@ -32,13 +32,18 @@ class Server:
         """Accept the clients of ``listener``, a UNIX socket that this owns from now on."""
         self._server = await asyncio.start_unix_server(self._accept, sock=listener)
 
-    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """No coroutine: asyncio writes a traceback about one of its own that is cancelled before it has begun, which
+        happens to a client that comes in the last moment of the process."""
         if len(self._clients) >= MAX_CLIENTS or not same_user(writer.get_extra_info("socket")):
             writer.close()
             return
-        client = _Client(self._vm, reader, writer, asyncio.current_task())
+        client = _Client(self._vm, reader, writer)
         self._clients.add(client)
         self._idle.clear()
+        client.task = asyncio.get_running_loop().create_task(self._attend(client))
+
+    async def _attend(self, client: _Client) -> None:
         try:
             await client.serve()
         except (ConnectionError, asyncio.CancelledError):
@@ -47,7 +52,7 @@ class Server:
             self._clients.discard(client)
             if not self._clients:
                 self._idle.set()
-            writer.close()
+            client.close()
 
     def emit(self, name: str, data: Mapping[str, object] | None = None, time_ns: int = 0) -> None:
         """Send an event to every client that has negotiated; ``time_ns`` since 1970 is when it was, 0 is now."""
@@ -82,14 +87,8 @@ class Server:
 class _Client:
     """One connection: negotiation, then one command after the other."""
 
-    def __init__(
-        self,
-        vm: commands.Vm,
-        reader: asyncio.StreamReader,
-        writer: asyncio.StreamWriter,
-        task: asyncio.Task[None] | None,
-    ) -> None:
-        self.task = task
+    def __init__(self, vm: commands.Vm, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.task: asyncio.Task[None] | None = None
         self._vm = vm
         self._reader = reader
         self._writer = writer
@@ -111,6 +110,10 @@ class _Client:
             await asyncio.wait_for(self._writer.drain(), 1.0)
         except (OSError, TimeoutError):
             pass
+        self.close()
+
+    def close(self) -> None:
+        """Close it, once what was sent has gone. Idempotent."""
         self._writer.close()
 
     async def serve(self) -> None:

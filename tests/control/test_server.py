@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import socket
 import stat
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -311,3 +313,23 @@ async def _drive(path: Path) -> list[str]:
 
 def test_qemus_own_client_library_drives_it(path: Path) -> None:
     assert asyncio.run(_drive(path)) == ["STOP", "RESUME"]
+
+
+def test_a_client_that_comes_in_the_last_moment_leaves_no_traceback(vm: FakeVm) -> None:
+    told: list[object] = []
+
+    async def live() -> None:
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda _, context: told.append(context))
+        transport, _ = await loop.create_unix_connection(asyncio.Protocol, sock=ours)
+        accepting = asyncio.StreamReaderProtocol(asyncio.StreamReader(), server.Server(vm)._accept)
+        # In the last round of the loop, so that nothing of the client's task has been done when it is cancelled.
+        loop.call_soon(accepting.connection_made, transport)
+
+    ours, client = socket.socketpair()
+    with client, warnings.catch_warnings():
+        # What was on its way in is closed by the end of the process.
+        warnings.simplefilter("ignore", ResourceWarning)
+        asyncio.run(live())
+        gc.collect()
+    assert told == []
