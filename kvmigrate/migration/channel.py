@@ -28,6 +28,7 @@ from ..state.frame import (
 )
 from ..state.section import Section, Value, decode, pack
 from .abort import Abort
+from .apart import Apart
 from .wire import Failed
 from .zerocopy import enable
 
@@ -117,6 +118,10 @@ class Channel:
     def zero_copy(self) -> Any:
         """The ``struct kmig_zerocopy *`` of pages that go by reference, NULL while none do."""
         return self._zero_copy
+
+    def apart(self) -> Apart:
+        """What keeps a thread off the processor of a peer on this host."""
+        return Apart(self._sock)
 
     def send_by_reference(self) -> None:
         """Let pages leave from where they lie. Raises :class:`UnsupportedError`."""

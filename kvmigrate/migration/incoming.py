@@ -57,6 +57,7 @@ class Incoming:
         self._taken = Offer(())
         self._further = Further(channel, self._allowed_flags)
         self._quiet = ExitStack()
+        self._apart = channel.apart()
         self._prefault: Prefault | None = None
         self._build_ms = 0.0
         self._load_ms = 0.0
@@ -89,6 +90,7 @@ class Incoming:
     def end_blackout(self) -> None:
         """Give the interpreter back its manners, and stop what else was under way. Idempotent."""
         self._quiet.close()
+        self._apart.end()
         self._stop_prefault()
         self._further.stop()
 
@@ -155,6 +157,8 @@ class Incoming:
                 raise BadField(f"RESIDENT: {nr_pages} pages at gfn {gfn:#x} are not the guest's memory")
         self._stop_prefault()
         self._prefault = Prefault(memory, runs)
+        # After the last thread has been started from here: it would inherit this.
+        self._apart.keep()
         return self.state
 
     def _pages(self, frame: Frame) -> State:
@@ -173,6 +177,7 @@ class Incoming:
         round_ = wire.Round.from_payload(frame.payload)
         if not round_.sections:
             self.rounds.append(round_)
+            self._apart.keep()
             self._built().warm_up()
             rehearse()
             # All of the round has been received: the source waits for this before it pauses the guest.

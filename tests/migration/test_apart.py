@@ -1,0 +1,79 @@
+"""A receiver keeps off the processor of a sender on this host, while it receives."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from kvmigrate.migration.apart import Apart
+
+ALLOWED = os.sched_getaffinity(0)
+
+
+@pytest.fixture(autouse=True)
+def unchanged() -> Iterator[None]:
+    yield
+    os.sched_setaffinity(0, ALLOWED)
+
+
+def connected() -> tuple[socket.socket, socket.socket]:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        source = socket.create_connection(listener.getsockname())
+        destination, _ = listener.accept()
+    return source, destination
+
+
+def send_from(cpu: int, sock: socket.socket) -> None:
+    def send() -> None:
+        os.sched_setaffinity(0, {cpu})
+        sock.sendall(b"x")
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    sender.join()
+
+
+@pytest.mark.parametrize("cpu", sorted(ALLOWED))
+def test_the_processor_of_the_sender_is_left_to_it_until_the_end(cpu: int) -> None:
+    source, destination = connected()
+    with source, destination:
+        send_from(cpu, source)
+        apart = Apart(destination)
+        apart.keep()
+        assert os.sched_getaffinity(0) == (ALLOWED - {cpu} or ALLOWED)
+        apart.end()
+        apart.end()
+    assert os.sched_getaffinity(0) == ALLOWED
+
+
+def test_a_sender_that_moves_is_followed() -> None:
+    source, destination = connected()
+    with source, destination:
+        apart = Apart(destination)
+        for cpu in sorted(ALLOWED):
+            send_from(cpu, source)
+            apart.keep()
+            assert os.sched_getaffinity(0) == (ALLOWED - {cpu} or ALLOWED)
+        apart.end()
+    assert os.sched_getaffinity(0) == ALLOWED
+
+
+def test_a_process_with_one_processor_keeps_it() -> None:
+    source, destination = connected()
+    cpu = min(ALLOWED)
+    with source, destination:
+        os.sched_setaffinity(0, {cpu})
+        send_from(cpu, source)
+        Apart(destination).keep()
+        assert os.sched_getaffinity(0) == {cpu}
+
+
+def test_of_other_connections_nothing_is_known() -> None:
+    for sock in socket.socketpair():
+        with sock:
+            Apart(sock).keep()
+    assert os.sched_getaffinity(0) == ALLOWED
