@@ -59,7 +59,10 @@ def test_a_writing_guest_arrives_whole(tmp_path: Path, receive: Receive) -> None
     machine.fill(6000)
     machine.start_writer(3000, 40_000)
     receiving = receive()
-    outcome = migrate(machine, receiving.address, tmp_path, timeout_ms=5000)
+    # So long that the guest has written to many pages meanwhile, and more than fit into the limit.
+    outcome = migrate(
+        machine, receiving.address, tmp_path, timeout_ms=5000, bandwidth_bytes_s=400 * MIB, downtime_limit_ms=5
+    )
     settled(receiving)
     assert outcome.result is not None, outcome.error
     assert receiving.machine is not None
