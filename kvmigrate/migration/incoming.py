@@ -157,7 +157,7 @@ class Incoming:
                 raise BadField(f"RESIDENT: {nr_pages} pages at gfn {gfn:#x} are not the guest's memory")
         self._stop_prefault()
         self._prefault = Prefault(memory, runs)
-        # After the last thread has been started from here: it would inherit this.
+        # Not before the prefault is under way: its thread would inherit this.
         self._apart.keep()
         return self.state
 
@@ -185,7 +185,11 @@ class Incoming:
             return State.RECEIVING
         self._stop_prefault()
         self._quiet.enter_context(quiet_interpreter())
-        return self._load(self._channel.recv_sections(round_.sections, round_.sections_bytes))
+        sections = self._channel.recv_sections(round_.sections, round_.sections_bytes)
+        # Both sides are at work on their processors now, and what is started from here on, such as a device's thread,
+        # is the guest's: it would inherit this for good.
+        self._apart.end()
+        return self._load(sections)
 
     def _load(self, sections: list[Section]) -> State:
         watch = Stopwatch()

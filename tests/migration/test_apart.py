@@ -5,12 +5,18 @@ from __future__ import annotations
 import os
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from kvmigrate.migration.apart import Apart
+from tests.fake_machine import FakeMachine
 
+from .harness import Receiving, migrate
+
+Receive = Callable[..., Receiving]
 ALLOWED = os.sched_getaffinity(0)
 
 
@@ -77,3 +83,29 @@ def test_of_other_connections_nothing_is_known() -> None:
         with sock:
             Apart(sock).keep()
     assert os.sched_getaffinity(0) == ALLOWED
+
+
+def test_a_destination_is_apart_while_it_receives_and_everywhere_from_the_load_on(
+    tmp_path: Path, source_machine: FakeMachine, receive: Receive, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[tuple[FakeMachine, str], set[int]] = {}
+
+    def spy(name: str) -> None:
+        real = getattr(FakeMachine, name)
+
+        def spied(machine: FakeMachine, *arguments: Any) -> Any:
+            seen[machine, name] = os.sched_getaffinity(0)
+            return real(machine, *arguments)
+
+        monkeypatch.setattr(FakeMachine, name, spied)
+
+    for name in ("warm_up", "load", "resume"):
+        spy(name)
+    receiving = receive()
+    assert migrate(source_machine, receiving.address, tmp_path).error is None
+    receiving.join()
+    assert receiving.machine is not None
+    assert len(seen[receiving.machine, "warm_up"]) == max(len(ALLOWED) - 1, 1)
+    # What is started in there is the guest's.
+    assert seen[receiving.machine, "load"] == seen[receiving.machine, "resume"] == ALLOWED
+    assert seen[source_machine, "warm_up"] == ALLOWED
