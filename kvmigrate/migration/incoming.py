@@ -120,6 +120,7 @@ class Incoming:
 
     def run_guest(self) -> None:
         """Let the guest run, or stay paused as it was at the source. Its custody must be committed."""
+        self._apart.end()
         if self._autostart:
             self._built().resume()
         else:
@@ -186,10 +187,11 @@ class Incoming:
         self._stop_prefault()
         self._quiet.enter_context(quiet_interpreter())
         sections = self._channel.recv_sections(round_.sections, round_.sections_bytes)
-        # Both sides are at work on their processors now, and what is started from here on, such as a device's thread,
-        # is the guest's: it would inherit this for good.
+        # What is started in there, such as a device's thread, is the guest's: it would inherit this for good.
         self._apart.end()
-        return self._load(sections)
+        state = self._load(sections)
+        self._apart.keep()
+        return state
 
     def _load(self, sections: list[Section]) -> State:
         watch = Stopwatch()
