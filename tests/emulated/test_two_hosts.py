@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,7 @@ import pytest
 
 from tests.oracle.heartbeat import judge, judge_restored
 from tests.oracle.recorder import SerialLog
-from tests.oracle.world import is_listening
+from tests.oracle.world import free_port, is_listening
 
 from .bed import run
 from .host import Outcome
@@ -81,20 +79,14 @@ def start(host: int, cpus: int, port: int, directory: Path) -> Outcome:
     return run(" && ".join(commands), here, TIMEOUT_S, *options, cpus=1)
 
 
-def travel(cpus: int, port: int, directory: Path) -> list[Outcome]:
-    """What is left of both hosts between which a guest with ``cpus`` processors moved; their cable is ``port``."""
+def travel(cpus: int, directory: Path) -> list[Outcome]:
+    """What is left of both hosts between which a guest with ``cpus`` processors moved."""
     directory.mkdir()
+    port = free_port()
     with (directory / "disk.img").open("wb") as disk:
         disk.truncate(DISK_BYTES)
     with ThreadPoolExecutor(2) as pool:
         return list(pool.map(lambda host: start(host, cpus, port, directory), (0, 1)))
-
-
-def free_ports(count: int) -> list[int]:
-    """So many ports of the loopback that nobody has."""
-    with ExitStack() as stack:
-        probes = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [probe.getsockname()[1] for probe in probes]
 
 
 @pytest.fixture(scope="module")
@@ -106,8 +98,7 @@ def journeys(
     items = [item for item in request.session.items if isinstance(item, pytest.Function) and hasattr(item, "callspec")]
     chosen = [cpus for cpus in GUEST_CPUS if any(item.callspec.params.get("reports") == cpus for item in items)]
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        ports = zip(chosen, free_ports(len(chosen)), strict=True)
-        yield {cpus: pool.submit(travel, cpus, port, top / f"journey{cpus}") for cpus, port in ports}
+        yield {cpus: pool.submit(travel, cpus, top / f"journey{cpus}") for cpus in chosen}
 
 
 @pytest.fixture(scope="module", params=GUEST_CPUS, ids=[f"cpus={cpus}" for cpus in GUEST_CPUS])

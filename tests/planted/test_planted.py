@@ -28,8 +28,8 @@ HOP, HOP_TWO, HOP_BUSY = examine_hop, partial(examine_hop, cpus=2), partial(exam
 # The core clears the log in windows of 8192 pages. A quarter of this guest's pages are the 64 before the second one.
 # What is lost is soon written again, so it takes a few hops until one page is lost for good.
 HOP_BORDER = partial(examine_hop, hops=6, rate=30, pages=256, memory=str((8192 + 64) << 12))
-# Pages are to come as what changed in them at least twice, and the agreement on it takes two rounds. At this rate,
-# which slow machines reach too, all pages change in each round; rounds go on until changes make up for the whole pages.
+# Pages are to come as what changed in them at least twice, and the agreement on it takes two rounds. A fast
+# machine at this rate writes to all pages in each round; they go on until changes make up for the whole pages.
 HOP_DELTA = partial(examine_hop, rate=200, compression="zstd", cap=4 << 20, downtime_limit_ms=800)
 HOP_THREE = partial(examine_hop, connections=3)
 HOP_ZEROCOPY = partial(examine_hop, connections=3, zero_copy=True)

