@@ -223,6 +223,19 @@ def test_the_entropy_device_fills_the_buffer_and_marks_its_pages() -> None:
     memory.close()
 
 
+def test_a_device_has_a_thread_from_its_first_driver_on(new_disk: Callable[..., Disk]) -> None:
+    disk = new_disk()
+    assert disk.device._thread is None
+    disk.driver.start()
+    thread = disk.device._thread
+    assert thread is not None and thread.is_alive()
+    disk.driver.set(reg.STATUS, 0)
+    disk.driver.start()
+    assert disk.device._thread is thread, "the next driver finds the same one"
+    disk.device.close()
+    assert not thread.is_alive()
+
+
 def test_a_device_whose_thread_dies_is_broken_for_good_and_says_so(
     new_disk: Callable[..., Disk], capfd: pytest.CaptureFixture[str]
 ) -> None:
