@@ -8,7 +8,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from .errors import ConfigError
-from .record import dataclass, field
+from .record import dataclass
 
 PAGE_BYTES = 4096
 # Not compiled here: that takes as long as all the rest of this module, and re remembers what it has compiled.
@@ -295,10 +295,13 @@ MIN_DELTA_BYTES = 1 << 20
 MAX_CONNECTIONS = 16
 
 
-def default_connections() -> int:
-    """One for every two processors that this process may use, up to four. Two on two processors take 0.7 × the time
-    over the loopback, but more threads are in each other's way, and in the guest's."""
-    return min(max(len(os.sched_getaffinity(0)) // 2, 1), 4)
+FEW_PAGES = 8192
+"""Fewer pages than these, 32 MiB, are sent before further connections are worth their opening."""
+
+
+def default_connections(nr_pages: int) -> int:
+    """For a guest with ``nr_pages`` in use: one for every processor that this process may use, up to four."""
+    return min(len(os.sched_getaffinity(0)), 4) if nr_pages >= FEW_PAGES else 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,8 +316,8 @@ class MigrationParameters:
     """How long the other side may say nothing before it counts as dead."""
     delta_cache_bytes: int = 32 << 20
     """Room for pages as they were last sent, to send what changed in them; 0 for none. Only with compression."""
-    connections: int = field(default_factory=default_connections)
-    """Over how many the pages of a round are spread."""
+    connections: int = 0
+    """Over how many the pages of a round are spread; 0 for :func:`default_connections`."""
     zero_copy: bool = False
     """Whether uncompressed pages are to leave from where they lie, without a copy in between."""
 
@@ -325,8 +328,13 @@ class MigrationParameters:
             raise ConfigError("bandwidth must not be negative, and max-rounds and the timeout must be positive")
         if self.delta_cache_bytes and not MIN_DELTA_BYTES <= self.delta_cache_bytes <= MAX_MEMORY_BYTES:
             raise ConfigError(f"a delta cache of {self.delta_cache_bytes} bytes cannot be had: take 0 or 1M and more")
-        if not 1 <= self.connections <= MAX_CONNECTIONS:
-            raise ConfigError(f"{self.connections} connections cannot be had: take 1 to {MAX_CONNECTIONS}")
+        if not 0 <= self.connections <= MAX_CONNECTIONS:
+            what = f"{self.connections} connections cannot be had"
+            raise ConfigError(f"{what}: take 1 to {MAX_CONNECTIONS}, or 0 for as many as suit the guest and this host")
+
+    def connections_for(self, nr_pages: int) -> int:
+        """How many connections a guest with ``nr_pages`` in use is sent over."""
+        return self.connections or default_connections(nr_pages)
 
 
 @dataclass(frozen=True, slots=True)

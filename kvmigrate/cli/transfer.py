@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..config import Compression, MigrationParameters, default_connections, parse_duration_ms, parse_rate, parse_size
+from ..config import Compression, MigrationParameters, parse_duration_ms, parse_rate, parse_size
 from ..control.client import Client
 from ..errors import KvmigrateError, MigrationError, SnapshotError
 from . import report, show
@@ -36,7 +36,7 @@ def send(
     timeout: str,
     compress: str,
     delta_cache: str,
-    connections: int | None,
+    connections: int,
     *,
     zerocopy: bool,
     as_json: bool,
@@ -51,7 +51,7 @@ def send(
         compression=Compression.parse(compress),
         timeout_ms=parse_duration_ms(timeout),
         delta_cache_bytes=parse_size(delta_cache),
-        connections=default_connections() if connections is None else connections,
+        connections=connections,
         zero_copy=zerocopy,
     )
     with Client.of(name) as vm:

@@ -93,8 +93,8 @@ def send(
     compress: Annotated[str, Option(help="auto, none, zstd or zstd:LEVEL.")] = "none",
     delta_cache: Annotated[str, Option(help="Room for pages as last sent, to send what changed; 0: none.")] = "32M",
     connections: Annotated[
-        int | None, Option(help="Send pages over so many; if not given, one for every two processors, up to 4.")
-    ] = None,
+        int, Option(help="Send pages over so many; 0: one for every processor, up to 4, and one for a small guest.")
+    ] = _DEFAULTS.connections,
     zerocopy: Annotated[
         bool, Option("--zerocopy", help="Send uncompressed pages without a copy; for network cards, over TCP.")
     ] = False,

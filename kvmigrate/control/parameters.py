@@ -15,7 +15,7 @@ PARAMETERS = (
     Argument("max-bandwidth", Kind.INTEGER, "bytes per second; 0 is no cap"),
     Argument("multifd-compression", Kind.STRING, "none or zstd"),
     Argument("multifd-zstd-level", Kind.INTEGER, "1 to 19", low=1, high=19),
-    Argument("multifd-channels", Kind.INTEGER, "connections for the pages", low=1, high=MAX_CONNECTIONS),
+    Argument("multifd-channels", Kind.INTEGER, "connections for pages; 0: as suits", low=0, high=MAX_CONNECTIONS),
     Argument("x-kvmigrate-max-rounds", Kind.INTEGER, "give up after so many rounds", low=1, high=10_000),
     Argument("x-kvmigrate-compression", Kind.STRING, "auto, none, zstd or zstd:LEVEL, levels from -7 to 19"),
     Argument("x-kvmigrate-delta-cache", Kind.INTEGER, "bytes for pages as last sent; 0 is none", low=0, high=1 << 40),

@@ -22,6 +22,7 @@
 #include "api/dirty.h"
 #include "api/delta.h"
 #include "api/zerocopy.h"
+#include "api/splice.h"
 #include "api/page.h"
 #include "api/stream.h"
 #include "api/file.h"

@@ -78,7 +78,7 @@ static struct iovec *advance(struct iovec *iov, size_t *nr_iov, size_t moved)
 }
 
 // One sendmsg, by reference if flags say so and it can be. Returns how many bytes went, or -errno.
-static ssize_t send_some(const struct kmig_link *link, struct iovec *iov, size_t nr_iov, int flags)
+static ssize_t sendmsg_some(const struct kmig_link *link, struct iovec *iov, size_t nr_iov, int flags)
 {
     const struct msghdr message = {.msg_iov = iov, .msg_iovlen = nr_iov};
     struct kmig_zerocopy *zerocopy = flags & MSG_ZEROCOPY ? link->zerocopy : NULL;
@@ -99,6 +99,27 @@ static ssize_t send_some(const struct kmig_link *link, struct iovec *iov, size_t
     if (zerocopy && sent > 0)
         kmig_count(&zerocopy->refused, 1);
     return sent < 0 ? -errno : sent;
+}
+
+// Whether error says that pages cannot go through a pipe here, and nothing of the connection.
+static bool cannot_splice(ssize_t error)
+{
+    return error == -EINVAL || error == -ENOSYS || error == -EOPNOTSUPP || error == -EPERM || error == -EACCES ||
+           error == -ENOMEM;
+}
+
+// Send some, through the pipe if flags say so and there is one. Returns how many bytes went, or -errno.
+static ssize_t send_some(const struct kmig_link *link, struct iovec *iov, size_t nr_iov, int flags)
+{
+    struct kmig_splice *splice = flags & MSG_ZEROCOPY ? link->splice : NULL;
+
+    if (splice && splice->fd[0] >= 0) {
+        ssize_t sent = kmig_splice_send(splice, link->fd, iov, nr_iov);
+        if (!cannot_splice(sent))
+            return sent;
+        kmig_splice_close(splice);
+    }
+    return sendmsg_some(link, iov, nr_iov, flags);
 }
 
 int kmig_link_send(const struct kmig_link *link, struct iovec *iov, size_t nr_iov, int flags)

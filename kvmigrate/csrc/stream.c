@@ -105,7 +105,7 @@ static int send_chunk(struct kmig_round *round, const struct kmig_link *link, co
     if (rc)
         return rc;
     uint64_t began_ns = kmig_now_ns();
-    bool by_reference = link->zerocopy && chunk->nr_data_pages >= KMIG_ZEROCOPY_PAGES;
+    bool by_reference = (link->zerocopy || link->splice) && chunk->nr_data_pages >= KMIG_ZEROCOPY_PAGES;
     rc = send_pieces(link, iov, 2, runs_to_iov(chunk, iov + 2), by_reference);
     kmig_count(&round->busy_ns, kmig_now_ns() - began_ns);
     if (rc == 0)
@@ -117,7 +117,12 @@ int kmig_stream_send_some(struct kmig_memory *memory, struct kmig_round *round, 
                           uint64_t most_pages, uint64_t most_ns)
 {
     const struct kmig_link link = {
-        .fd = fd, .abort_fd = round->abort_fd, .timeout_ms = round->timeout_ms, .zerocopy = round->zerocopy};
+        .fd = fd,
+        .abort_fd = round->abort_fd,
+        .timeout_ms = round->timeout_ms,
+        .zerocopy = round->zerocopy,
+        .splice = round->splice,
+    };
     uint64_t first = round->pages_done, began_ns = kmig_now_ns();
     struct kmig_chunk chunk;
     int rc;

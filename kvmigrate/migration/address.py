@@ -16,6 +16,7 @@ from pathlib import Path
 from ..config import Address
 from ..errors import ChannelError, HostError, PeerTimeout
 from .abort import Abort
+from .local import unpaced_if_local
 
 _HINTS = {
     errno.EADDRINUSE: "the address is in use: take another, or stop what listens there",
@@ -52,6 +53,7 @@ def _connect_one(
     sock: socket.socket, target: tuple[str, int] | str, address: Address, abort: Abort, deadline: float
 ) -> None:
     sock.setblocking(False)
+    unpaced_if_local(sock, target)
     rc = sock.connect_ex(target)
     if rc in (errno.EINPROGRESS, errno.EAGAIN):
         poll = select.poll()

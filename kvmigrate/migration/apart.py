@@ -11,6 +11,8 @@ import os
 import socket
 from contextlib import suppress
 
+from .local import TCP, on_this_host
+
 
 class Apart:
     """Keeps the calling thread off the processor from which the peer of ``sock`` sends, if that is on this host. One
@@ -23,7 +25,7 @@ class Apart:
     def keep(self) -> None:
         """From now on; again when the peer may have moved."""
         # Of a peer elsewhere it is the processor that takes packets in, which is no bad place to be.
-        if not _is_local(self._sock):
+        if self._sock.family not in TCP or not on_this_host(self._sock):
             return
         with suppress(OSError):
             allowed = self._before or os.sched_getaffinity(0)
@@ -38,12 +40,3 @@ class Apart:
             with suppress(OSError):
                 os.sched_setaffinity(0, self._before)
             self._before = None
-
-
-def _is_local(sock: socket.socket) -> bool:
-    """Whether both ends of a TCP connection have the same address, which they have on one host only."""
-    if sock.family not in (socket.AF_INET, socket.AF_INET6):
-        return False
-    with suppress(OSError):
-        return bool(sock.getpeername()[0] == sock.getsockname()[0])
-    return False

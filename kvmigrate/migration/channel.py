@@ -29,6 +29,7 @@ from ..state.frame import (
 from ..state.section import Section, Value, decode, pack
 from .abort import Abort
 from .apart import Apart
+from .local import on_this_host
 from .wire import Failed
 from .zerocopy import enable
 
@@ -99,6 +100,7 @@ class Channel:
         self._sent: Any = ffi.new("uint32_t *")
         self._incoming: Any = ffi.new("struct kmig_incoming *")
         self._zero_copy: Any = ffi.NULL
+        self._splice: Any = ffi.NULL
 
     @property
     def fd(self) -> int:
@@ -116,8 +118,13 @@ class Channel:
 
     @property
     def zero_copy(self) -> Any:
-        """The ``struct kmig_zerocopy *`` of pages that go by reference, NULL while none do."""
+        """The ``struct kmig_zerocopy *`` of pages that go by ``MSG_ZEROCOPY``, NULL while none do."""
         return self._zero_copy
+
+    @property
+    def splice(self) -> Any:
+        """The ``struct kmig_splice *`` of pages that go through a pipe, NULL while none do."""
+        return self._splice
 
     def apart(self) -> Apart:
         """What keeps a thread off the processor of a peer on this host."""
@@ -127,6 +134,14 @@ class Channel:
         """Let pages leave from where they lie. Raises :class:`UnsupportedError`."""
         enable(self.fd)
         self._zero_copy = ffi.new("struct kmig_zerocopy *")
+
+    def splice_if_local(self) -> None:
+        """Have pages for a peer on this host leave through a pipe, which saves one of two copies."""
+        if on_this_host(self._sock):
+            splice = ffi.new("struct kmig_splice *")
+            # Without one they go by copy.
+            if lib.kmig_splice_open(splice, self.fd) == 0:
+                self._splice = splice
 
     def take_reports(self) -> int:
         """Take in what the kernel reports of sends by reference, which poll shows as an error. Returns of how many."""
@@ -246,6 +261,8 @@ class Channel:
 
     def close(self) -> None:
         """Close at once. Idempotent."""
+        if self._splice:
+            lib.kmig_splice_close(self._splice)
         with suppress(OSError):
             self._sock.close()
 

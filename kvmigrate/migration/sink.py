@@ -41,6 +41,7 @@ class Writer:
     def write(self, memory: GuestMemory, part_of_round: Round) -> None:
         """Send pages until none are left to take. Raises what :meth:`Channel.check` raises."""
         part_of_round.handle.zerocopy = self.channel.zero_copy
+        part_of_round.handle.splice = self.channel.splice
         more = True
         while more:
             part = self._codec.next(part_of_round, lambda level: self._packer.sample(memory, level))
@@ -151,10 +152,14 @@ class StreamSink:
             if self._answer(channel).payload != payload:
                 raise BadField(f"{channel.peer} answers for another round than {record.round}")
 
-    def send_by_reference(self) -> None:
-        """Let uncompressed pages leave from where they lie. Raises :class:`UnsupportedError`."""
+    def spare_copies(self, *, zero_copy: bool) -> None:
+        """Let uncompressed pages leave from where they lie: by ``zero_copy``, or to a peer on this host through pipes.
+        Raises :class:`UnsupportedError`."""
         for channel in self._channels:
-            channel.send_by_reference()
+            if zero_copy:
+                channel.send_by_reference()
+            else:
+                channel.splice_if_local()
 
     def references(self) -> References | None:
         """What came of that so far, None where it is not so. For the thread that migrates."""

@@ -100,6 +100,7 @@ class Source:
         self._precopy: PreCopy | None = None
         self._result = MigrationResult()
         self._begin_ns = time.monotonic_ns()
+        self._nr_resident = 0
         self._autostart = False
         self._pausing = False
         self._committed = False
@@ -161,6 +162,7 @@ class Source:
         sample = Sample.take(self._machine)
         accept = expect(channel, FrameKind.ACCEPT, patience_ms(channel, self._machine))
         wire.expect_empty(accept.payload, FrameKind.ACCEPT)
+        self._nr_resident = sum(nr_pages for _, nr_pages in sample.resident)
         announce = partial(announce_resident, channel, sample.resident)
         self._result = replace(self._result, check=ask_check(channel, self._machine, sample, announce))
         self._result.require_fit(channel.peer)
@@ -170,15 +172,15 @@ class Source:
         yield CHECK
         if self._parameters.compression.may_pack:
             yield "zstd"
-        if self._parameters.connections > 1:
+        if self._parameters.connections != 1:
             yield CONNECTIONS
 
     def _open_sink(self, channel: Channel) -> StreamSink:
         parameters, query = self._parameters, self._query
-        further = open_further(channel, self._address, query.uuid, query.epoch, parameters.connections)
+        nr_connections = parameters.connections_for(self._nr_resident)
+        further = open_further(channel, self._address, query.uuid, query.epoch, nr_connections)
         self._sink = StreamSink([channel, *further], parameters.compression, parameters.delta_cache_bytes)
-        if parameters.zero_copy:
-            self._sink.send_by_reference()
+        self._sink.spare_copies(zero_copy=parameters.zero_copy)
         return self._sink
 
     def _copy(self, channel: Channel) -> tuple[PreCopy, StreamSink]:

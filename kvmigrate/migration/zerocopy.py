@@ -11,7 +11,7 @@ import resource
 from pathlib import Path
 
 from .._core import lib
-from ..config import PAGE_BYTES, Address, MigrationParameters
+from ..config import MAX_MEMORY_BYTES, PAGE_BYTES, Address, MigrationParameters
 from ..errors import ConfigError, UnsupportedError, check
 from ..record import dataclass
 from ..state.section import Value
@@ -43,7 +43,8 @@ def require_possible(address: Address, parameters: MigrationParameters) -> None:
     if parameters.compression.level is not None:
         what = f"pages that --compress {parameters.compression} has packed cannot go without a copy"
         raise ConfigError(f"{what}: leave out --zerocopy, or take --compress none or auto")
-    limit, needed = lockable_bytes(), parameters.connections * lib.KMIG_CHUNK_PAGES * PAGE_BYTES
+    connections = parameters.connections_for(MAX_MEMORY_BYTES // PAGE_BYTES)
+    limit, needed = lockable_bytes(), connections * lib.KMIG_CHUNK_PAGES * PAGE_BYTES
     if limit is not None and limit < needed:
         what = f"--zerocopy locks at least {needed >> 10} KiB of memory at a time, of which this user may {limit >> 10}"
         raise ConfigError(f"{what}: raise `ulimit -l` for the VM's process, or leave out --zerocopy")

@@ -68,13 +68,14 @@ class Wire:
     ours: socket.socket
     theirs: socket.socket
     zerocopy: Any = field(default_factory=lambda: ffi.new("struct kmig_zerocopy *"))
+    splice: Any = ffi.NULL
     sequence: Any = field(default_factory=lambda: ffi.new("uint32_t *"))
     incoming: Any = field(default_factory=new_incoming)
 
     def send(self, memory: GuestMemory, *, first: bool = True, **options: int) -> int:
         """One round."""
         round_ = new_round(first=first, **options)
-        round_.zerocopy = self.zerocopy
+        round_.zerocopy, round_.splice = self.zerocopy, self.splice
         return stream_round(memory.handle, round_, self.ours.fileno(), self.sequence)
 
     def receive(self, memory: GuestMemory) -> None:

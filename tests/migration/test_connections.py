@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from kvmigrate.config import MAX_CONNECTIONS, PAGE_BYTES, Address, MigrationParameters, default_connections
+from kvmigrate.config import FEW_PAGES, MAX_CONNECTIONS, PAGE_BYTES, Address, MigrationParameters, default_connections
 from kvmigrate.errors import ChannelError, ConfigError, HostError, PeerFailed
 from kvmigrate.memory.region import GuestMemory
 from kvmigrate.migration.abort import Abort
@@ -304,13 +304,32 @@ def test_no_thread_and_no_descriptor_is_left(tmp_path: Path, receive: Receive) -
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("connections", [0, -1, MAX_CONNECTIONS + 1])
+@pytest.mark.parametrize("connections", [-1, MAX_CONNECTIONS + 1])
 def test_a_number_of_connections_that_cannot_be_is_refused(connections: int) -> None:
     with pytest.raises(ConfigError, match="connections"):
         MigrationParameters(connections=connections)
 
 
-@pytest.mark.parametrize(("processors", "connections"), [(1, 1), (2, 1), (4, 2), (8, 4), (64, 4)])
+@pytest.mark.parametrize(("processors", "connections"), [(1, 1), (2, 2), (4, 4), (64, 4)])
 def test_the_default_goes_by_the_processors(monkeypatch: pytest.MonkeyPatch, processors: int, connections: int) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(processors)))
-    assert default_connections() == connections
+    assert default_connections(FEW_PAGES) == connections
+
+
+def test_a_small_guest_is_not_kept_waiting_for_further_connections() -> None:
+    assert default_connections(FEW_PAGES - 1) == 1
+
+
+@pytest.mark.parametrize(("nr_pages", "further"), [(FEW_PAGES + 100, True), (1000, False)])
+def test_what_is_in_use_decides_how_many_are_opened(
+    tmp_path: Path, receive: Receive, monkeypatch: pytest.MonkeyPatch, nr_pages: int, further: bool
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1, 2})
+    machine = FakeMachine(48 * MIB, running=True)
+    machine.fill(nr_pages)
+    receiving = receive()
+    outcome = migrate(machine, receiving.address, tmp_path, connections=0)
+    assert outcome.result is not None, outcome.error
+    assert outcome.result.rounds[0].connections == (3 if further else 1)
+    settled(receiving)
+    machine.close()

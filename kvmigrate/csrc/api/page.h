@@ -20,7 +20,8 @@ struct kmig_round {
     uint64_t bandwidth;        // bytes per second, 0 for no cap
     int64_t timeout_ms;        // how long a peer may take nothing before -ETIMEDOUT
     struct kmig_delta *delta;  // pages as last sent, or NULL: then every page goes whole
-    struct kmig_zerocopy *zerocopy;    // of the connection, if its pages go by reference, or NULL
+    struct kmig_zerocopy *zerocopy;    // of the connection, if its pages go by MSG_ZEROCOPY, or NULL
+    struct kmig_splice *splice;        // of the connection, if its pages go through a pipe, or NULL
 
     uint64_t pages_total;      // pending when the round began (in the first round: grows as windows are looked up)
     uint64_t pages_done;       // looked at
