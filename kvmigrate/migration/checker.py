@@ -11,7 +11,7 @@ from ..contract import Migratable, RunState
 from ..errors import BadField, Cancelled, KvmigrateError, StateError
 from ..record import dataclass
 from ..state.frame import HEADER, FrameKind
-from ..state.section import encode
+from ..state.section import Value, encode, pack
 from . import wire
 from .abort import Abort
 from .blackout import Stopwatch, quiet_interpreter
@@ -25,12 +25,20 @@ BUILD_MS_PER_GIB = 1000.0
 """What a destination may take, beyond the timeout, to build and touch each GiB of guest memory."""
 
 
-def introduce(channel: Channel, hello: wire.Hello) -> None:
-    """Say HELLO and hear the destination's. Raises :class:`BadField` when that answers somebody else."""
-    channel.send_payloads([(FrameKind.HELLO, hello.to_payload())])
+def introduce(channel: Channel, hello: wire.Hello, description: Value) -> None:
+    """Say who comes, and have its machine built: HELLO and CONFIG in one piece, so that the way to the destination and
+    back is waited for once."""
+    channel.send_payloads([(FrameKind.HELLO, hello.to_payload()), (FrameKind.CONFIG, pack(description))])
+
+
+def await_machine(channel: Channel, hello: wire.Hello, size_bytes: int) -> None:
+    """Wait until the destination has heard that and built the machine, whose memory has ``size_bytes``. Raises
+    :class:`BadField` when it answers somebody else, and what :func:`expect` raises."""
     back = wire.Hello.from_payload(expect(channel, FrameKind.HELLO).payload)
     if (back.uuid, back.epoch) != (hello.uuid, hello.epoch):
         raise BadField(f"{channel.peer} answers for another guest ({back.uuid}): is it an old connection?")
+    accept = expect(channel, FrameKind.ACCEPT, patience_ms(channel, size_bytes))
+    wire.expect_empty(accept.payload, FrameKind.ACCEPT)
 
 
 def require_movable(machine: Migratable) -> None:
@@ -39,9 +47,9 @@ def require_movable(machine: Migratable) -> None:
         raise StateError(machine.runstate.value, "running or paused")
 
 
-def patience_ms(channel: Channel, machine: Migratable) -> float:
-    """How long to wait for a destination that builds a machine as large as ``machine``."""
-    return channel.timeout_ms + machine.memory.size_bytes / (1 << 30) * BUILD_MS_PER_GIB
+def patience_ms(channel: Channel, size_bytes: int) -> float:
+    """How long to wait for a destination that builds a machine with so much memory."""
+    return channel.timeout_ms + size_bytes / (1 << 30) * BUILD_MS_PER_GIB
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +87,7 @@ def ask_check(
     watch = Stopwatch()
     channel.send_payloads([(FrameKind.CHECK, sample.head.to_payload()), *sample.sections])
     meanwhile()
-    answer = expect(channel, FrameKind.CHECKED, patience_ms(channel, machine))
+    answer = expect(channel, FrameKind.CHECKED, patience_ms(channel, machine.memory.size_bytes))
     return CheckResult(Checked.from_payload(answer.payload), sample.pause_ms, watch.total())
 
 
@@ -110,13 +118,13 @@ class Checker:
     def _check(self, channel: Channel) -> CheckResult:
         description = dict(self._machine.describe())
         uuid, name = str(description["uuid"]), str(description["name"])
-        introduce(channel, wire.Hello(wire.FORMAT, (CHECK, ONLY), uuid, time.time_ns(), name))
-        channel.send(FrameKind.CONFIG, description)
+        hello = wire.Hello(wire.FORMAT, (CHECK, ONLY), uuid, time.time_ns(), name)
+        introduce(channel, hello, description)
         # Nothing in a pause should be done for the first time.
         self._machine.rehearse()
         # While the destination builds its machine.
         sample = Sample.take(self._machine)
-        wire.expect_empty(expect(channel, FrameKind.ACCEPT).payload, FrameKind.ACCEPT)
+        await_machine(channel, hello, self._machine.memory.size_bytes)
         return ask_check(channel, self._machine, sample)
 
     def cancel(self, reason: KvmigrateError | None = None) -> None:

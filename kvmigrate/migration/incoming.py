@@ -19,7 +19,7 @@ from .checks import CHECK
 from .custody import Custody
 from .delta import DELTA, Offer
 from .further import Further
-from .handover import rehearse
+from .handover import WarmUp
 from .joining import CONNECTIONS, Join
 from .pages import PAGES_DELTA, PAGES_ZSTD, Decompressor
 from .trying import answer_check, read_description, take_check
@@ -58,6 +58,7 @@ class Incoming:
         self._further = Further(channel, self._allowed_flags)
         self._quiet = ExitStack()
         self._apart = channel.apart()
+        self._warm_up = WarmUp()
         self._prefault: Prefault | None = None
         self._build_ms = 0.0
         self._load_ms = 0.0
@@ -141,7 +142,6 @@ class Incoming:
         self._build_ms = watch.lap()
         self.machine.rehearse()
         self.custody = self._take_custody()
-        rehearse()
         self._channel.send(FrameKind.ACCEPT, {})
         return State.BUILT if CHECK in self._hello.features else State.RECEIVING
 
@@ -179,8 +179,7 @@ class Incoming:
         if not round_.sections:
             self.rounds.append(round_)
             self._apart.keep()
-            self._built().warm_up()
-            rehearse()
+            self._warm_up.go(self._built())
             # All of the round has been received: the source waits for this before it pauses the guest.
             self._channel.send_payloads([(FrameKind.ROUND, frame.payload)])
             return State.RECEIVING

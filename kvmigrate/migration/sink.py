@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from .._core import lib
@@ -86,14 +86,23 @@ class Writer:
 
 class StreamSink:
     """A :class:`PageSink` that writes to ``channels``, and counts what it wrote over all rounds. The first carries the
-    rest of the migration too; :meth:`close` closes the further ones."""
+    rest of the migration too; :meth:`close` closes the further ones. ``meanwhile`` is done after each round, while the
+    destination does what it has to do after one."""
 
-    def __init__(self, channels: Sequence[Channel], compression: Compression, delta_cache_bytes: int = 0) -> None:
+    def __init__(
+        self,
+        channels: Sequence[Channel],
+        compression: Compression,
+        delta_cache_bytes: int = 0,
+        *,
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> None:
         self._channels = channels
         cores = max(1, len(os.sched_getaffinity(0)) // len(channels))
         self._writers = [Writer(channel, compression, cores) for channel in channels]
         self._pool = ThreadPoolExecutor(len(channels) - 1, "pages") if len(channels) > 1 else None
         self._delta_cache_bytes = delta_cache_bytes if compression.may_pack else 0
+        self._meanwhile = meanwhile
         self._offered = False
         self._delta: DeltaCache | None = None
         self.pages_sent = 0
@@ -148,6 +157,7 @@ class StreamSink:
         payload = wire.Round(record.round, record.pages_sent, zero, record.bytes_sent).to_payload()
         for channel in self._channels:
             channel.send_payloads([(FrameKind.ROUND, payload)])
+        self._meanwhile()
         for channel in self._channels:
             if self._answer(channel).payload != payload:
                 raise BadField(f"{channel.peer} answers for another round than {record.round}")

@@ -39,17 +39,17 @@ from .abort import Abort
 from .asking import DECIDED, Resolved, ask_until_decided
 from .blackout import quiet_interpreter
 from .channel import Channel, expect
-from .checker import Sample, ask_check, introduce, patience_ms, require_movable
+from .checker import Sample, ask_check, await_machine, introduce, require_movable
 from .checks import CHECK
 from .handover import (
     ENDED,
     HandedOver,
     Switched,
+    WarmUp,
     bounded,
     commit,
     measured,
     refuse_ended,
-    rehearse,
     say_done,
     switch_over,
 )
@@ -99,6 +99,7 @@ class Source:
         self._sink: StreamSink | None = None
         self._precopy: PreCopy | None = None
         self._result = MigrationResult()
+        self._warm_up = WarmUp()
         self._begin_ns = time.monotonic_ns()
         self._nr_resident = 0
         self._autostart = False
@@ -116,8 +117,7 @@ class Source:
             with self._rollback():
                 channel = self._setup()
                 precopy, sink = self._copy(channel)
-                self._machine.warm_up()
-                rehearse()
+                self._warm_up.go(self._machine)
                 with quiet_interpreter(), bounded(channel, self._parameters):
                     switched = self._switch_over(channel, precopy, sink)
                     answer = self._commit(channel, switched)
@@ -155,13 +155,12 @@ class Source:
         require_possible(self._address, self._parameters)
         self._channel = channel = dial(self._address, self._abort, self._parameters.timeout_ms)
         uuid, epoch = self._query.uuid, self._query.epoch
-        introduce(channel, wire.Hello(wire.FORMAT, tuple(self._features()), uuid, epoch, self._name))
-        channel.send(FrameKind.CONFIG, self._config)
+        hello = wire.Hello(wire.FORMAT, tuple(self._features()), uuid, epoch, self._name)
+        introduce(channel, hello, self._config)
         self._machine.rehearse()
         # While the destination builds the machine.
         sample = Sample.take(self._machine)
-        accept = expect(channel, FrameKind.ACCEPT, patience_ms(channel, self._machine))
-        wire.expect_empty(accept.payload, FrameKind.ACCEPT)
+        await_machine(channel, hello, self._machine.memory.size_bytes)
         self._nr_resident = sum(nr_pages for _, nr_pages in sample.resident)
         announce = partial(announce_resident, channel, sample.resident)
         self._result = replace(self._result, check=ask_check(channel, self._machine, sample, announce))
@@ -179,7 +178,8 @@ class Source:
         parameters, query = self._parameters, self._query
         nr_connections = parameters.connections_for(self._nr_resident)
         further = open_further(channel, self._address, query.uuid, query.epoch, nr_connections)
-        self._sink = StreamSink([channel, *further], parameters.compression, parameters.delta_cache_bytes)
+        packing = parameters.compression, parameters.delta_cache_bytes
+        self._sink = StreamSink([channel, *further], *packing, meanwhile=partial(self._warm_up.go, self._machine))
         self._sink.spare_copies(zero_copy=parameters.zero_copy)
         return self._sink
 
@@ -199,7 +199,6 @@ class Source:
         )
         self._precopy = precopy
         self._journal.stage(self._record())
-        rehearse()
         self._result = replace(self._result, setup_ms=self._elapsed_ms())
         self._enter(Status.ACTIVE)
         decision = precopy.run()

@@ -105,6 +105,8 @@ def test_only_within_this_host_do_pages_go_through_pipes(
     settled(receiving)
     assert receiving.machine is not None and receiving.machine.digest() == large.digest()
     assert len(opened) == connections
-    assert [size_bytes > 0 for size_bytes in sent] == [spliced] * (connections if spliced else 0)
+    # Which of them gets how much is chance.
+    assert len(sent) == (connections if spliced else 0)
+    assert (sum(sent) > 0) is spliced
     # The first one's is closed with it, after the sink.
     assert all(channel.splice.fd[0] == -1 for channel in opened if channel.splice)
