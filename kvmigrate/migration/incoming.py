@@ -148,6 +148,7 @@ class Incoming:
     def _check(self, frame: Frame) -> State:
         check, sections = take_check(self._channel, frame)
         answer_check(self._channel, check, sections, self._built().trial(), self._build_ms)
+        self._warm_up.done()
         return State.RECEIVING
 
     def _resident(self, frame: Frame) -> State:

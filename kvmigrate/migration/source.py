@@ -160,6 +160,7 @@ class Source:
         self._machine.rehearse()
         # While the destination builds the machine.
         sample = Sample.take(self._machine)
+        self._journal.stage(self._record())
         await_machine(channel, hello, self._machine.memory.size_bytes)
         self._nr_resident = sum(nr_pages for _, nr_pages in sample.resident)
         announce = partial(announce_resident, channel, sample.resident)
@@ -198,7 +199,6 @@ class Source:
             observe=self._after_round,
         )
         self._precopy = precopy
-        self._journal.stage(self._record())
         self._result = replace(self._result, setup_ms=self._elapsed_ms())
         self._enter(Status.ACTIVE)
         decision = precopy.run()

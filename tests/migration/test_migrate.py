@@ -91,12 +91,14 @@ def test_both_sides_warm_up_before_the_guest_has_to_wait(
     settled(receiving)
     assert outcome.result is not None and receiving.machine is not None
     assert set(source_machine.warmed_in) == {RunState.RUNNING}
-    assert set(receiving.machine.warmed_in) == {RunState.INMIGRATE}
+    # It may have loaded the sample a moment before.
+    assert set(receiving.machine.warmed_in) <= {RunState.INMIGRATE}
 
 
 def test_the_source_warms_up_while_the_destination_does(
-    tmp_path: Path, source_machine: FakeMachine, receive: Receive
+    tmp_path: Path, source_machine: FakeMachine, receive: Receive, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(WarmUp, "done", lambda warm_up: None)
     receiving = receive(prepare=partial(meet, threading.Barrier(2, timeout=5.0), source_machine))
     outcome = migrate(source_machine, receiving.address, tmp_path)
     settled(receiving)
@@ -123,7 +125,21 @@ def test_what_was_just_gone_through_is_not_gone_through_again(monkeypatch: pytes
         now[0] = at
         warm_up.go(machine)
         assert len(machine.warmed_in) == times
+    now[0] = 300.0
+    warm_up.done()
+    warm_up.go(machine)
+    assert len(machine.warmed_in) == 3, "the real thing will do"
     machine.close()
+
+
+def test_a_destination_that_has_just_tried_the_state_does_not_warm_up_for_it(
+    tmp_path: Path, source_machine: FakeMachine, receive: Receive, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvmigrate.migration.handover.WARM_FOR_S", 60.0)
+    receiving = receive()
+    assert migrate(source_machine, receiving.address, tmp_path).error is None
+    settled(receiving)
+    assert receiving.machine is not None and receiving.machine.warmed_in == []
 
 
 def test_a_page_written_while_saving_arrives(tmp_path: Path, source_machine: FakeMachine, receive: Receive) -> None:
