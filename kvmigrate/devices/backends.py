@@ -17,9 +17,11 @@ import termios
 import threading
 import tty
 from collections.abc import Callable
+from functools import partial
 from typing import Protocol, TextIO
 
 from ..errors import ConfigError, HostError
+from ..threads import Thread
 
 ABSENT_READER_POLL_MS = 250
 CONNECT_TIMEOUT_S = 5.0
@@ -75,7 +77,7 @@ class PollBackend(Backend):
         self._wake_lock = threading.Lock()
         self._closed = False
         self._absent = False
-        self._thread: threading.Thread | None = None
+        self._thread: Thread | None = None
         self._uart: Uart | None = None
 
     @property
@@ -84,7 +86,7 @@ class PollBackend(Backend):
 
     def attach(self, uart: Uart) -> None:
         self._uart = uart
-        self._thread = threading.Thread(target=self._serve, args=(uart,), name=self._name, daemon=True)
+        self._thread = Thread(partial(self._serve, uart))
         self._thread.start()
 
     def wake(self) -> None:

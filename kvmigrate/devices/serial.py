@@ -25,6 +25,7 @@ from typing import Any
 from .._core import ffi, lib
 from ..errors import BadField, check
 from ..state.section import Fields, Value
+from ..threads import Thread
 from .backends import Backend
 from .bus import Device
 
@@ -61,7 +62,7 @@ class Serial(Device):
         self._changed = threading.Condition(threading.Lock())
         """Guards all calls of the backend and those registers that it has a part in."""
         self._level = False
-        self._thread: threading.Thread | None = None
+        self._thread: Thread | None = None
         backend.attach(self)
 
     def connect(self, vm_fd: int) -> None:
@@ -69,7 +70,7 @@ class Serial(Device):
         thread that sends what the guest writes without coming here: call :meth:`close`."""
         lib.kmig_uart_connect(self.handle, vm_fd, IRQ)
         self._irq = lambda level: None
-        self._thread = threading.Thread(target=self._send_forever, name=self.name, daemon=True)
+        self._thread = Thread(self._send_forever)
         self._thread.start()
 
     def close(self) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from ..devices.end import GuestEnd
 from ..errors import KvmigrateError
 from ..kvm.vcpu import RUN_DEBUG, RUN_QUIT, Vcpu, VcpuGroup
+from ..threads import Thread
 from .exits import ExitHandler
 
 PAUSE_TIMEOUT_MS = 5_000
@@ -28,7 +29,7 @@ class CpuThreads:
         self._vcpus = vcpus
         self._handler = handler
         self._end = end
-        self._threads: list[threading.Thread] = []
+        self._threads: list[Thread] = []
         self.on_debug: Callable[[Vcpu], None] = lambda _: None
 
     def start(self) -> None:
@@ -36,14 +37,14 @@ class CpuThreads:
         if self._threads:
             return
         for vcpu in self._vcpus:
-            thread = threading.Thread(target=self._run, args=(vcpu,), name=f"vcpu{vcpu.id}", daemon=True)
+            thread = Thread(partial(self._run, vcpu))
             self._threads.append(thread)
             thread.start()
 
     @property
     def thread_ids(self) -> list[int]:
         """The kernel's ids of the vCPUs' threads, in the order of the vCPUs; empty before :meth:`start`."""
-        return [thread.native_id or 0 for thread in self._threads]
+        return [thread.native_id for thread in self._threads]
 
     def stop(self) -> None:
         """Bring every thread back and join it. Must not be called from one of them. Idempotent."""

@@ -17,6 +17,7 @@ from ..._core import ffi, lib
 from ...errors import check
 from ...memory.region import GuestMemory
 from ...state.section import Fields, Value
+from ...threads import Thread
 from ..bus import Device
 from . import registers as reg
 from .saved import Saved, read_saved
@@ -43,7 +44,7 @@ class VirtioDevice(Device):
         self.handle: Any = created[0]
         self._status = self._driver_features = self._generation = 0
         self._device_features_sel = self._driver_features_sel = self._queue_sel = 0
-        self._thread: threading.Thread | None = None
+        self._thread: Thread | None = None
 
     # What a subclass is
 
@@ -208,7 +209,7 @@ class VirtioDevice(Device):
         """Let the thread go on or park, as it should now. There is none until a driver is: most guests leave most of
         their devices alone, and two threads take half as long to start as KVM takes to make a VM."""
         if self._status & reg.DRIVER_OK and self._thread is None:
-            self._thread = threading.Thread(target=self._serve_on, name=self.name, daemon=True)
+            self._thread = Thread(self._serve_on)
             self._thread.start()
         if self._status & reg.DRIVER_OK and not self._paused:
             lib.kmig_virtio_resume(self.handle)
