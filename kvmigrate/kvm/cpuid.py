@@ -116,21 +116,26 @@ def parse_cpuid(value: Value, held: list[CpuidEntry], where: str) -> tuple[list[
     return value, packed
 
 
-def _words(entries: Iterable[CpuidEntry]) -> dict[Word, int]:
-    by_leaf = {(entry["function"], entry["index"]): entry for entry in entries}
-    return {word: by_leaf[word[:2]][word[2]] for word in WORDS if word[:2] in by_leaf}
+def _words_by_leaf() -> dict[tuple[int, int], list[Word]]:
+    leaves = dict.fromkeys(word[:2] for word in WORDS)
+    return {leaf: [word for word in WORDS if word[:2] == leaf] for leaf in leaves}
+
+
+_WORDS_OF = _words_by_leaf()
 
 
 def compare_cpuid(wanted: Iterable[CpuidEntry], supported: Iterable[CpuidEntry], where: str = "cpuid") -> Fidelity:
     """Whether a guest with ``wanted`` can run where ``supported`` is all there is: a feature bit that it sees and that
     the host lacks is refused by its name. KVM_SET_CPUID2 itself takes nearly anything."""
     fidelity = Fidelity()
-    have = _words(supported)
-    for word, bits in _words(wanted).items():
-        missing = bits & ~have.get(word, 0) & ~_NOT_THE_HOSTS.get(word, 0)
-        for bit in range(32):
-            if missing >> bit & 1:
-                fidelity.refused(f"{where}.{bit_name(word, bit)}", 1, 0, "this host's CPU or KVM lacks the feature")
+    have = {(entry["function"], entry["index"]): entry for entry in supported}
+    for entry in wanted:
+        leaf = entry["function"], entry["index"]
+        for word in _WORDS_OF.get(leaf, ()):
+            missing = entry[word[2]] & ~(have[leaf][word[2]] if leaf in have else 0) & ~_NOT_THE_HOSTS.get(word, 0)
+            for bit in range(32) if missing else ():
+                if missing >> bit & 1:
+                    fidelity.refused(f"{where}.{bit_name(word, bit)}", 1, 0, "this host's CPU or KVM lacks the feature")
     if not any(True for _ in fidelity):
         fidelity.exact(f"{where}.features")
     return fidelity

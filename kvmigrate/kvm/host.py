@@ -29,6 +29,11 @@ class Host:
         return pack_cpuid(self.supported_cpuid, "the CPUID that this host supports")
 
     @cached_property
+    def offered_cpuid(self) -> list[CpuidEntry]:
+        """What the kernel makes of them when a vCPU is given all: filled by the process's first (:mod:`.vcpu`)."""
+        return []
+
+    @cached_property
     def cpuid_by_leaf(self) -> dict[tuple[int, int], CpuidEntry]:
         """The supported entries by (function, index)."""
         return {(entry["function"], entry["index"]): entry for entry in self.supported_cpuid}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 from .._core import ffi, lib
@@ -122,8 +123,10 @@ class Vm:
         msi.address_lo, msi.address_hi, msi.data = address & 0xFFFFFFFF, address >> 32, data
         return check(lib.kmig_ioctl(self.fd, lib.KVM_SIGNAL_MSI, msi), "KVM_SIGNAL_MSI") > 0
 
-    def create_vcpu(self, vcpu_id: int, *, kick: int | None = None) -> Vcpu:
-        """A new vCPU in this VM's group, with all that the host supports in its CPUID.
+    def create_vcpu(
+        self, vcpu_id: int, *, cpuid: Sequence[Value] | None = None, kick: int | None = None
+    ) -> Vcpu:
+        """A new vCPU in this VM's group, with ``cpuid``, or all that the host supports, as its CPUID.
 
         ``kick`` is a KMIG_KICK_…; by default what the kernel can do."""
         fd = check(lib.kmig_ioctl_value(self.fd, lib.KVM_CREATE_VCPU, vcpu_id), "KVM_CREATE_VCPU")
@@ -137,6 +140,10 @@ class Vm:
             raise
         self.vcpus.append(vcpu)
         vcpu.offer_cpuid()
+        if cpuid is None:
+            vcpu.set_cpuid2_packed(self.host.packed_cpuid)
+        else:
+            vcpu.set_cpuid2(cpuid)
         return vcpu
 
     @property

@@ -75,8 +75,7 @@ class Platform:
         vm.create_pit()
         for vcpu_id, table in enumerate(cpuid):
             # CPUID comes before any access to an MSR: since Linux 6.13 MSRs that CPUID does not announce read as 0.
-            vcpu = vm.create_vcpu(vcpu_id)
-            vcpu.set_cpuid2(table)
+            vcpu = vm.create_vcpu(vcpu_id, cpuid=table)
             vcpu.setup_mce(mcg_cap)
         return vm
 

@@ -9,7 +9,9 @@ import pytest
 from kvmigrate.errors import BadField
 from kvmigrate.kvm.cpuid import compare_cpuid, guest_cpuid, parse_cpuid
 from kvmigrate.kvm.cpuid_names import WORDS, bit_name
+from kvmigrate.kvm.lists import pack_cpuid
 from kvmigrate.kvm.system import System
+from kvmigrate.kvm.vcpu import Vcpu
 
 
 def entry(function: int, index: int = 0, **registers: int) -> dict[str, Any]:
@@ -108,3 +110,30 @@ def test_this_host_takes_back_what_it_offers() -> None:
         vcpu = vm.create_vcpu(0)
         vcpu.set_cpuid2(guest_cpuid(system.supported_cpuid(), 0, 1))
         assert not list(compare_cpuid(vcpu.cpuid, vcpu.offered_cpuid))
+
+
+@pytest.mark.kvm
+def test_a_vcpu_that_is_given_its_cpuid_at_once_has_what_it_has_after_all_was_offered() -> None:
+    with System.open() as system, system.create_vm() as vm:
+        table = guest_cpuid(system.supported_cpuid(), 0, 2)
+        late, at_once = vm.create_vcpu(0), vm.create_vcpu(1, cpuid=table)
+        assert late.cpuid == late.offered_cpuid == at_once.offered_cpuid
+        late.set_cpuid2(table)
+        assert at_once.cpuid == late.cpuid != late.offered_cpuid
+
+
+@pytest.mark.kvm
+def test_the_kernel_is_asked_once_what_it_makes_of_all_that_it_supports(monkeypatch: pytest.MonkeyPatch) -> None:
+    with System.open() as system, system.create_vm() as vm:
+        table = guest_cpuid(system.supported_cpuid(), 0, 2)
+        vm.create_vcpu(0)
+        given: list[bytes] = []
+        set_packed = Vcpu.set_cpuid2_packed
+
+        def note(vcpu: Vcpu, packed: bytes) -> None:
+            given.append(packed)
+            set_packed(vcpu, packed)
+
+        monkeypatch.setattr(Vcpu, "set_cpuid2_packed", note)
+        vm.create_vcpu(1, cpuid=table)
+        assert given == [pack_cpuid(table, "cpuid")]
