@@ -53,6 +53,11 @@ def indices_to_save(vcpu: Vcpu) -> list[int]:
     caps = vcpu.get_msrs([msr.MTRR_CAP, msr.IA32_MCG_CAP])
     nr_var = min(caps.get(msr.MTRR_CAP, 0) & 0xFF, 16)
     nr_banks = min(caps.get(msr.IA32_MCG_CAP, 0) & 0xFF, msr.MAX_MCE_BANKS)
+    return list(vcpu.get_msrs(_candidates(vcpu.host.msr_indices, nr_var, nr_banks)))
+
+
+@lru_cache(8)
+def _candidates(listed: tuple[int, ...], nr_var: int, nr_banks: int) -> tuple[int, ...]:
     extra = [
         *msr.MTRR_FIXED,
         msr.MTRR_DEF_TYPE,
@@ -63,9 +68,7 @@ def indices_to_save(vcpu: Vcpu) -> list[int]:
         msr.IA32_TSC,
         msr.IA32_TSC_DEADLINE,
     ]
-    listed = (index for index in vcpu.host.msr_indices if index not in _HYPER_V)
-    readable = vcpu.get_msrs(dict.fromkeys([*listed, *extra]))
-    return list(readable)
+    return tuple(dict.fromkeys([*(index for index in listed if index not in _HYPER_V), *extra]))
 
 
 def parse_msrs(value: Value, where: str) -> dict[int, int]:

@@ -11,14 +11,13 @@ from ..record import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One ioctl on ``fd`` with the C pointer ``arg``. With ``held`` and ``expected``, two more pointers, the
-    ``size_bytes`` at both are compared after it."""
+    """One ioctl, whose argument is ``arg`` bytes into the memory that it is made on. The ``size_bytes`` at ``held`` and
+    at ``expected`` are compared after it."""
 
-    fd: int
     request: int
-    arg: Any = ffi.NULL
-    held: Any = ffi.NULL
-    expected: Any = ffi.NULL
+    arg: int
+    held: int = 0
+    expected: int = 0
     size_bytes: int = 0
 
 
@@ -31,26 +30,22 @@ class Outcome:
 
 
 class Steps:
-    """``items``, each of one or more steps with the result that each is to have, as the C core takes them, to be run as
-    often as wanted; the memory they point to is the caller's."""
+    """``items``, each of one or more steps with the result that each is to have, as the C core takes them: for any
+    memory in which the same things lie at the same places."""
 
     def __init__(self, items: Sequence[Sequence[tuple[Step, int]]]) -> None:
-        self._wanted = [[rc for _, rc in item] for item in items]
-        steps = [step for item in items for step, _ in item]
+        self._nr_items = len(items)
+        steps = [
+            [step.request, step.arg, step.held, step.expected, step.size_bytes, number, wanted]
+            for number, item in enumerate(items)
+            for step, wanted in item
+        ]
         self._nr_steps = len(steps)
-        self._steps: Any = ffi.new("struct kmig_step[]", self._nr_steps)
-        for place, step in zip(self._steps, steps, strict=True):
-            place.fd, place.request, place.arg = step.fd, step.request, step.arg
-            place.held, place.expected, place.expected_bytes = step.held, step.expected, step.size_bytes
+        self._steps: Any = ffi.new("struct kmig_step[]", steps)
 
-    def run(self) -> list[Outcome]:
-        """Make all steps in order, whatever comes of each. What came of each item."""
-        lib.kmig_steps_run(self._steps, self._nr_steps)
-        made = iter(self._steps)
-        return [_outcome(wanted, [next(made) for _ in wanted]) for wanted in self._wanted]
-
-
-def _outcome(wanted: Sequence[int], made: Sequence[Any]) -> Outcome:
-    results = [step.result for step in made]
-    error = next((rc for rc in results if rc < 0), 0)
-    return Outcome(error, results == wanted and not any(step.differs for step in made))
+    def run(self, fd: int, memory: Any) -> list[Outcome]:
+        """Make all steps on ``fd`` and the C pointer ``memory``, in order, whatever comes of each. What came of each
+        item."""
+        outcomes = ffi.new("struct kmig_outcome[]", self._nr_items)
+        lib.kmig_steps_run(fd, memory, self._steps, self._nr_steps, outcomes)
+        return [Outcome(outcome.rc, not outcome.differs) for outcome in outcomes]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 
 from .._core import ffi, lib
 from ..errors import check
 from .clock import complete
-from .image import Image, Part
+from .image import Image, Part, Shape
 from .steps import Outcome, Step, Steps
 from .structs import layout
 from .vm import CHIPS, Vm
@@ -26,25 +26,7 @@ class VmImage:
 
     def __init__(self, vm: Vm) -> None:
         self._vm = vm
-        self.memory = Image(self._parts())
-        for item, chip_id in CHIPS.items():
-            self.memory.blank(item, f"{_IRQCHIP} *").chip_id = chip_id
-        self._clock = Steps([[(Step(vm.fd, lib.KVM_GET_CLOCK, self.memory.saved("clock")), 0)]])
-        items = ("pit2", *CHIPS)
-        self._save = Steps([[(Step(vm.fd, _requests(item)[0], self.memory.saved(item)), 0) for item in items]])
-        self._loads = lru_cache(4)(self._load_steps)
-
-    def _parts(self) -> Iterator[Part]:
-        clock = layout("clock_data")
-        yield Part("clock", clock.size_bytes, lib.KMIG_FIELD_STRUCT, clock)
-        yield Part("host_tsc", 8, lib.KMIG_FIELD_UNSIGNED)
-        for item, name in (("pit2", "pit_state2"), *((item, _STRUCTS[item]) for item in CHIPS)):
-            of = layout(name)
-            if item in CHIPS:
-                at = ffi.offsetof(_IRQCHIP, "chip")
-                yield Part(item, ffi.sizeof(_IRQCHIP), lib.KMIG_FIELD_STRUCT, of, at, of.size_bytes)
-            else:
-                yield Part(item, of.size_bytes, lib.KMIG_FIELD_STRUCT, of)
+        self.memory = Image(_shape())
 
     def save(self) -> bytes:
         """Read the VM, whose vCPUs are parked: the body of its section, a msgpack map. Raises :class:`HostError`.
@@ -52,10 +34,10 @@ class VmImage:
         The clock comes first: it goes on while the vCPUs stand, and what passes until it is read is time that the guest
         will find missing."""
         self.memory.clear()
-        [clock] = self._clock.run()
+        [clock] = _clock_step().run(self._vm.fd, self.memory.memory)
         check(clock.rc, "KVM_GET_CLOCK")
         self.memory.saved("host_tsc", "__u64 *")[0] = complete(self.memory.saved("clock", "struct kvm_clock_data *"))
-        [chips] = self._save.run()
+        [chips] = _save_steps().run(self._vm.fd, self.memory.memory)
         check(chips.rc, "reading the timer and the interrupt chips")
         self.lower_pit_line()
         return self.memory.encode()
@@ -80,16 +62,53 @@ class VmImage:
 
     def load(self, items: Sequence[str]) -> list[Outcome]:
         """Set the chips and the timer ``items``, one after another, and read each back right after it."""
-        return self._loads(tuple(items)).run()
+        return _load_steps(tuple(items)).run(self._vm.fd, self.memory.memory)
 
-    def _load_steps(self, items: Sequence[str]) -> Steps:
-        return Steps([[*self._steps_of(item)] for item in items])
 
-    def _steps_of(self, item: str) -> Iterator[tuple[Step, int]]:
-        fd, (get, put) = self._vm.fd, _requests(item)
-        saved, held, part = self.memory.saved(item), self.memory.held(item), self.memory.parts[item]
-        yield Step(fd, put, saved), 0
-        yield Step(fd, get, held, held + part.offset, saved + part.offset, part.nr_wire_bytes), 0
+# What is the same for every VM.
+
+
+@cache
+def _shape() -> Shape:
+    shape = Shape(_parts())
+    for item, chip_id in CHIPS.items():
+        shape.blank(item, f"{_IRQCHIP} *").chip_id = chip_id
+    return shape
+
+
+def _parts() -> Iterator[Part]:
+    clock = layout("clock_data")
+    yield Part("clock", clock.size_bytes, lib.KMIG_FIELD_STRUCT, clock)
+    yield Part("host_tsc", 8, lib.KMIG_FIELD_UNSIGNED)
+    for item, name in (("pit2", "pit_state2"), *((item, _STRUCTS[item]) for item in CHIPS)):
+        of = layout(name)
+        if item in CHIPS:
+            at = ffi.offsetof(_IRQCHIP, "chip")
+            yield Part(item, ffi.sizeof(_IRQCHIP), lib.KMIG_FIELD_STRUCT, of, at, of.size_bytes)
+        else:
+            yield Part(item, of.size_bytes, lib.KMIG_FIELD_STRUCT, of)
+
+
+@cache
+def _clock_step() -> Steps:
+    return Steps([[(Step(lib.KVM_GET_CLOCK, _shape().saved_at("clock")), 0)]])
+
+
+@cache
+def _save_steps() -> Steps:
+    return Steps([[(Step(_requests(item)[0], _shape().saved_at(item)), 0) for item in ("pit2", *CHIPS)]])
+
+
+@lru_cache(4)
+def _load_steps(items: tuple[str, ...]) -> Steps:
+    return Steps([[*_steps_of(item)] for item in items])
+
+
+def _steps_of(item: str) -> Iterator[tuple[Step, int]]:
+    get, put = _requests(item)
+    saved, held, part = _shape().saved_at(item), _shape().held_at(item), _shape().parts[item]
+    yield Step(put, saved), 0
+    yield Step(get, held, held + part.offset, saved + part.offset, part.nr_wire_bytes), 0
 
 
 def _requests(item: str) -> tuple[int, int]:

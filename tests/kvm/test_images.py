@@ -161,6 +161,18 @@ def test_a_struct_that_the_kernel_does_not_take_is_named_and_the_rest_is_set(sou
     assert target.cpu.get_debugregs() == source.cpu.get_debugregs()
 
 
+def test_vcpus_of_one_kind_share_a_shape_and_no_memory() -> None:
+    with tiny(2) as vm:
+        one, other = (image_of(vcpu) for vcpu in vm.vm.vcpus)
+        assert one.memory.parts is other.memory.parts
+        bodies = [unpack(body, "a vCPU") for body in pack_state(vm.vm)[1]]
+        assert [body["id"] for body in bodies] == [0, 1]
+        one.memory.saved("regs", "struct kvm_regs *").rax = 0x5A
+        assert other.memory.saved("regs", "struct kvm_regs *").rax == 0
+        less = VcpuImage(vm.vm.vcpus[1], [*one.msrs.values(one.memory.saved("msrs"))][1:])
+        assert less.memory.parts is not one.memory.parts
+
+
 def refused(fidelity: Fidelity) -> set[str]:
     return {name for name, verdict in not_exact(fidelity).items() if verdict is Verdict.REFUSED}
 

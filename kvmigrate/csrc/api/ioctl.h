@@ -4,20 +4,25 @@ int kmig_ioctl(int fd, unsigned long request, void *arg);
 // The same for requests whose argument is a number.
 int kmig_ioctl_value(int fd, unsigned long request, unsigned long arg);
 
-// One of several ioctls that are made in a row, and what came of it.
+// One of several ioctls that are made in a row on one piece of memory, in which the places are offsets.
 struct kmig_step {
     unsigned long request;
-    void *arg;
-    const void *held;          // expected_bytes that are to be as those at expected afterwards; or NULL
-    const void *expected;
+    uint32_t arg;
+    uint32_t held;             // expected_bytes here are to be as those at expected afterwards
+    uint32_t expected;
     uint32_t expected_bytes;
-    int fd;
-    int result;                // as of kmig_ioctl
-    int differs;               // whether they are not
+    uint32_t item;             // of which it is a part
+    int wanted;                // the result that it is to have, as of kmig_ioctl
 };
 
-// Make all of them, in order, whatever comes of each.
-void kmig_steps_run(struct kmig_step *step, uint32_t nr_steps);
+// What came of one item: the first result that is an error, or 0; and whether anything came otherwise than it was to.
+struct kmig_outcome {
+    int rc;
+    int differs;
+};
+
+// Make all of them, in order, whatever comes of each. The outcomes are those of the items, all zero before.
+void kmig_steps_run(int fd, char *memory, const struct kmig_step *step, uint32_t nr_steps, struct kmig_outcome *outcomes);
 
 // The host's time stamp counter now.
 uint64_t kmig_host_tsc(void);
