@@ -20,6 +20,8 @@ from ..state.frame import FrameHeader, FrameKind
 from ..state.section import Fields, Section, Value
 from .format import FORMAT, STATE_FILE, ChunkHashes, Hello, MemoryIndex, decode_slots
 
+READ_BYTES = 64 << 10
+"""How much is read at once: all of a small guest's, of which each call would take as long as to decode a frame."""
 MAX_FRAMES = 4096
 MAX_SECTIONS = 1024
 MAX_STATE_BYTES = 512 << 20
@@ -114,6 +116,8 @@ class _Reader:
         self._size = os.fstat(fd).st_size
         self._next = 0
         self._sequence = 0
+        self._ahead = b""
+        self._ahead_at = 0
         self.offset = 0
 
     def read(self) -> SavedState:
@@ -137,10 +141,8 @@ class _Reader:
         sections: list[Section] = []
         header, payload = self._frame()
         while header.kind == FrameKind.SECTION:
-            part = section.decode(payload)
             # All of it is looked at before a machine is built; what is loaded stays packed.
-            section.unpack(part.packed, f"section {part.name}")
-            sections.append(part)
+            sections.append(section.decode(payload, whole=True))
             if len(sections) > MAX_SECTIONS:
                 raise TooLarge(f"more than {MAX_SECTIONS} sections")
             header, payload = self._frame()
@@ -200,11 +202,14 @@ class _Reader:
     def _bytes(self, length: int) -> bytes:
         if length > self._size - self._next:
             raise StreamError(f"the file ends {length - (self._size - self._next)} bytes too early")
-        data = os.pread(self._fd, length, self._next)
-        if len(data) != length:
-            raise StreamError("the file became shorter while it was read")
+        begin = self._next - self._ahead_at
+        if begin + length > len(self._ahead):
+            self._ahead = os.pread(self._fd, max(length, READ_BYTES), self._next)
+            self._ahead_at, begin = self._next, 0
+            if len(self._ahead) < length:
+                raise StreamError("the file became shorter while it was read")
         self._next += length
-        return data
+        return self._ahead[begin : begin + length]
 
 
 _KNOWN = frozenset(int(kind) for kind in FrameKind)

@@ -95,17 +95,17 @@ def encode(section: Section) -> bytes:
     return bytes(packer.bytes() + section.packed)
 
 
-def decode(data: bytes | memoryview) -> Section:
-    """Decode the payload of a SECTION frame. Raises :class:`StreamError`. Its body is looked at only as far as its
-    structure goes."""
-    body, fields = _without_body(data)
+def decode(data: bytes | memoryview, *, whole: bool = False) -> Section:
+    """Decode the payload of a SECTION frame. Raises :class:`StreamError`. Its body stays packed, and is looked at only
+    as far as its structure goes, or all of it."""
+    body, fields = _without_body(data, whole)
     name = fields.text("name", max_length=64)
     section = Section(name, fields.integer("version", 1, 0xFFFF), body)
     fields.done()
     return section
 
 
-def _without_body(data: bytes | memoryview) -> tuple[bytes, Fields]:
+def _without_body(data: bytes | memoryview, whole: bool) -> tuple[bytes, Fields]:
     """The body of a section as it is, and the other fields."""
     reader = msgpack.Unpacker(max_buffer_size=len(data) + 1, **_HOSTILE)
     reader.feed(data)
@@ -118,7 +118,7 @@ def _without_body(data: bytes | memoryview) -> tuple[bytes, Fields]:
                 raise BadField(f"section: field {key!r:.80} comes twice")
             if key == "body":
                 begin = reader.tell()
-                reader.skip()
+                reader.unpack() if whole else reader.skip()
                 body = bytes(data[begin : reader.tell()])
             else:
                 others[key] = reader.unpack()

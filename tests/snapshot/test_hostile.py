@@ -15,13 +15,16 @@ import zstandard
 
 from kvmigrate.config import PAGE_BYTES
 from kvmigrate.errors import RestoreRefused, SnapshotError
+from kvmigrate.snapshot import statefile
 from kvmigrate.snapshot.load import restore
 from kvmigrate.snapshot.save import take
+from kvmigrate.snapshot.statefile import opened, read_state
 from kvmigrate.snapshot.verify import verify
-from kvmigrate.state import frame
+from kvmigrate.state import frame, section
 from kvmigrate.state.frame import FrameKind
+from kvmigrate.state.section import Section
 from tests.fake_machine import MIB
-from tests.snapshot.tools import RAW, ZSTD, Guest, RawFrame, build, edit, guest, page, restored
+from tests.snapshot.tools import RAW, ZSTD, Guest, RawFrame, build, edit, guest, page, read_frames, restored
 
 HELLO, CONFIG, CPU0, SERIAL0, INDEX, HASHES, END = range(7)
 Change = Callable[[list[RawFrame]], None]
@@ -199,6 +202,33 @@ def test_frame_that_claims_to_be_huge_is_refused_before_it_is_read(raw: Path) ->
     header = frame.FrameHeader(FrameKind.HELLO, 1, 1 << 60, 0, 0)
     (raw / "state").write_bytes(frame.encode_header(header) + b"x")
     with pytest.raises(SnapshotError, match="over the limit"):
+        restore(raw, must_not_build)
+    assert not verify(raw).ok
+
+
+@pytest.mark.parametrize("read_bytes", [1, 33, 4096])
+def test_state_that_is_read_in_pieces_is_the_same(
+    raw: Path, monkeypatch: pytest.MonkeyPatch, read_bytes: int
+) -> None:
+    with opened(raw) as fd:
+        at_once = read_state(fd, raw)
+        assert (raw / "state").stat().st_size < statefile.READ_BYTES
+        monkeypatch.setattr(statefile, "READ_BYTES", read_bytes)
+        in_pieces = read_state(fd, raw)
+    assert (in_pieces.description, in_pieces.sections) == (at_once.description, at_once.sections)
+    assert (in_pieces.index, in_pieces.hashes.of_slot) == (at_once.index, at_once.hashes.of_slot)
+
+
+def test_section_with_a_value_that_no_msgpack_has_is_refused_before_a_machine_is_built(raw: Path) -> None:
+    frames = read_frames(raw / "state")
+    at = next(n for n, one in enumerate(frames) if one.kind == FrameKind.SECTION)
+    parts = [section.pack(one.value) for one in frames]
+    # A string that is not UTF-8: what skips over it does not see that.
+    parts[at] = section.encode(Section(frames[at].value["name"], 1, b"\x81\xa1x\xa1\xff"))
+    pairs = zip(frames, parts, strict=True)
+    written = [frame.encode_frame(FrameKind(one.kind), part, n) for n, (one, part) in enumerate(pairs)]
+    (raw / "state").write_bytes(b"".join(written))
+    with pytest.raises(SnapshotError, match="not valid msgpack"):
         restore(raw, must_not_build)
     assert not verify(raw).ok
 
