@@ -116,6 +116,10 @@ _FROZEN: dict[str, Any] = {
 }
 
 
+_PLAIN = frozenset({bool, bytes, float, int, str, type(None)})
+"""Most of what there is, and no record."""
+
+
 def _values(record: Any) -> dict[str, Any]:
     return {name: getattr(record, name) for name in record.__match_args__}
 
@@ -126,6 +130,8 @@ def _replace(record: Any, /, **changes: Any) -> Any:
 
 def _asdict(value: Any) -> Any:
     """``value``, of which every record is a dictionary; lists, tuples and dictionaries are copied on the way."""
+    if type(value) in _PLAIN:
+        return value
     if isinstance(value, list | tuple):
         return type(value)(map(_asdict, value))
     if isinstance(value, dict):

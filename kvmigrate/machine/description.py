@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from pathlib import Path
 
 from ..config import MAX_CPUS, MAX_MEMORY_BYTES, MIN_MEMORY_BYTES, HostSide, MachineConfig
 from ..errors import BadField, ConfigError, RestoreRefused
@@ -20,6 +19,9 @@ from .boot_source import BootSource, read_boot_source
 from .specs import MAX_DEVICES, VirtioSpec, read_specs, specs_for, with_console, with_disks, with_nets, with_new_macs
 
 _UUID = "[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"
+_UUID_FIXED = 0x4 << 76 | 0b10 << 62
+_UUID_RANDOM = ~(0xF << 76 | 0b11 << 62)
+"""The bits that say which kind of uuid it is: version 4 of the variant of RFC 9562."""
 CpuidTable = list[dict[str, int]]
 
 
@@ -135,8 +137,11 @@ def _devices(value: dict[str, Value]) -> dict[str, int]:
 
 
 def _new_uuid() -> str:
-    """A random one (RFC 9562, 5.4), as the kernel makes them: the module ``uuid`` takes longer to load than a guest."""
-    return Path("/proc/sys/kernel/random/uuid").read_text().strip()
+    """A random one (RFC 9562, 5.4): the module ``uuid`` takes longer to load than a guest, and the kernel's own file of
+    them to open as long as one of its parts."""
+    number = int.from_bytes(os.urandom(16)) & _UUID_RANDOM | _UUID_FIXED
+    digits = f"{number:032x}"
+    return "-".join((digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:]))
 
 
 def _check_uuid(text: str) -> None:

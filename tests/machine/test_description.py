@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import operator
+import uuid
 from typing import Any
 
 import pytest
@@ -21,6 +24,16 @@ def good() -> dict[str, Any]:
 def test_a_description_survives_the_wire() -> None:
     value = good()
     assert Description.from_value(value).to_value() == value
+
+
+def test_every_machine_has_a_random_uuid_of_its_own() -> None:
+    made = [uuid.UUID(good()["uuid"]) for _ in range(64)]
+    assert len({*made}) == 64
+    assert {(one.version, one.variant) for one in made} == {(4, uuid.RFC_4122)}
+    ones = functools.reduce(operator.or_, (one.int for one in made))
+    zeros = functools.reduce(operator.or_, (~one.int for one in made))
+    # That one of 122 random bits is the same in 64 of them is less likely than one in 10**17.
+    assert (ones & zeros).bit_count() == 122
 
 
 @pytest.mark.parametrize(
