@@ -65,13 +65,16 @@ class Serial(Device):
         self._thread: Thread | None = None
         backend.attach(self)
 
-    def connect(self, vm_fd: int) -> None:
-        """Let the core drive the line ``IRQ`` of the VM behind ``vm_fd`` instead of calling ``irq``, and start the
-        thread that sends what the guest writes without coming here: call :meth:`close`."""
-        lib.kmig_uart_connect(self.handle, vm_fd, IRQ)
-        self._irq = lambda level: None
+    def start(self) -> None:
+        """Start the thread that sends what the guest writes without coming here, before any does: call :meth:`close`.
+        """
         self._thread = Thread(self._send_forever)
         self._thread.start()
+
+    def connect(self, vm_fd: int) -> None:
+        """Let the core drive the line ``IRQ`` of the VM behind ``vm_fd`` instead of calling ``irq``."""
+        lib.kmig_uart_connect(self.handle, vm_fd, IRQ)
+        self._irq = lambda level: None
 
     def close(self) -> None:
         """End the thread, before the backend is closed. Idempotent."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 
 from ..devices import cmos, debug_exit, i8042, port92, power, poweroff, pvpanic, serial
-from ..devices.backends import Backend, open_backend
+from ..devices.backends import open_backend
 from ..devices.bus import Device, MmioBus, PioBus
 from ..devices.end import GuestEnd
 from ..devices.tee import Tee
@@ -47,11 +48,13 @@ class Platform:
         try:
             self.memory = make_memory(memory_bytes)
             self._closers.append(self.memory.close)
+            # Closed after the serial port, which drives a line of it to the end.
+            self._kernel = ExitStack()
+            self._closers.append(self._kernel.close)
+            self.backend, self.serial = self._open_serial(serial_spec)
             self.vm = self._create_vm(cpuid)
             self.pio, self.mmio = PioBus(), MmioBus()
-            self.backend = Tee(open_backend(serial_spec))
-            self._closers.append(self.backend.close)
-            self.devices = self._wire(memory_bytes, self.backend, end)
+            self.devices = self._wire(memory_bytes, end)
             self.virtio = VirtioBus(virtio, self.vm, self.memory, self.mmio, backings)
             self._closers.append(self.virtio.close)
             self.devices.update({device.name: device for device in self.virtio.devices})
@@ -59,11 +62,21 @@ class Platform:
             self.close()
             raise
 
+    def _open_serial(self, spec: str) -> tuple[Tee, serial.Serial]:
+        """Before there is a VM, which takes the kernel so long that the port's threads have started when it is there:
+        they are in the interpreter's way while they do."""
+        backend = Tee(open_backend(spec))
+        self._closers.append(backend.close)
+        port = serial.Serial(lambda level: None, backend)
+        self._closers.append(port.close)
+        port.start()
+        return backend, port
+
     def _create_vm(self, cpuid: Sequence[CpuidTable]) -> Vm:
         with System.open() as system:
             vm = system.create_vm()
             mcg_cap = NR_MCE_BANKS | system.mce_capabilities() & MCG_CTL_P
-        self._closers.append(vm.close)
+        self._kernel.callback(vm.close)
         # Memory before the interrupt chips: a new slot waits until no reader of the old slots is left (SRCU, virt/kvm),
         # and right after the chips' own such changes that took 6 ms instead of 0.1 (measured).
         self.memory.attach(vm.fd)
@@ -79,9 +92,7 @@ class Platform:
             vcpu.setup_mce(mcg_cap)
         return vm
 
-    def _wire(self, memory_bytes: int, backend: Backend, end: Callable[[GuestEnd], None]) -> dict[str, Device]:
-        self.serial = serial.Serial(lambda level: None, backend)
-        self._closers.append(self.serial.close)
+    def _wire(self, memory_bytes: int, end: Callable[[GuestEnd], None]) -> dict[str, Device]:
         self.serial.connect(self.vm.fd)
         self.vm.group.answer_uart(serial.PORT, self.serial.handle)
         self.power = power.Power(end, lambda level: self.vm.irq_line(power.IRQ, level))

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator
+import errno
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from kvmigrate.contract import RunState
 from kvmigrate.devices.end import GuestEnd
-from kvmigrate.errors import ConfigError, StateError
+from kvmigrate.devices.serial import Serial
+from kvmigrate.errors import ConfigError, HostError, StateError
+from kvmigrate.kvm.vm import Vm
 from kvmigrate.machine.machine import Machine
+from kvmigrate.memory.region import GuestMemory
 from kvmigrate.state.section import Value, unpack
 
 from .boot_sector import (
@@ -73,6 +78,41 @@ def test_string_output_delivers_every_byte_in_order(tmp_path: Path) -> None:
     code = b"\xbe" + (0x7C00 + head).to_bytes(2, "little") + b"\xb9" + len(text).to_bytes(2, "little")
     run_to_end(machine_with(tmp_path, code + b"\xba\xf8\x03\xfc\xf3\x6e" + POWER_OFF + text))
     assert (tmp_path / "serial").read_bytes() == text
+
+
+@pytest.fixture
+def closed(monkeypatch: pytest.MonkeyPatch) -> list[type]:
+    """Whose ``close`` has been called, in order."""
+    found: list[type] = []
+
+    def watch(part: type, close: Callable[[Any], None]) -> None:
+        def note(self: Any) -> None:
+            if part not in found:
+                found.append(part)
+            close(self)
+
+        monkeypatch.setattr(part, "close", note)
+
+    for part in (Vm, Serial, GuestMemory):
+        watch(part, part.close)
+    return found
+
+
+def test_the_serial_port_is_closed_before_the_vm_whose_line_it_drives(tmp_path: Path, closed: list[type]) -> None:
+    machine_with(tmp_path, HANG).close()
+    assert closed == [Serial, Vm, GuestMemory]
+
+
+def test_a_vm_that_cannot_be_made_whole_leaves_nothing_open(
+    tmp_path: Path, closed: list[type], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: Vm) -> None:
+        raise HostError("KVM_CREATE_IRQCHIP", errno.ENOMEM)
+
+    monkeypatch.setattr(Vm, "create_irqchip", refuse)
+    with pytest.raises(HostError, match="IRQCHIP"):
+        machine_with(tmp_path, HANG)
+    assert closed == [Serial, Vm, GuestMemory]
 
 
 def test_absent_ports_read_all_ones(tmp_path: Path) -> None:
