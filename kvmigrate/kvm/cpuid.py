@@ -107,7 +107,7 @@ def parse_cpuid(value: Value, held: list[CpuidEntry], where: str) -> tuple[list[
     ``held`` is the same already. Raises :class:`BadField`."""
     if held and value == held:
         return held, b""
-    if type(value) is not list or not 1 <= len(value) <= MAX_CPUID_ENTRIES:
+    if not isinstance(value, list) or not 1 <= len(value) <= MAX_CPUID_ENTRIES:
         raise BadField(f"{where}: expected a list of 1 to {MAX_CPUID_ENTRIES} entries")
     packed = pack_cpuid(value, where)
     leaves = [(item["function"], item["index"]) for item in value]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache, lru_cache
 from itertools import chain
 from typing import Any
@@ -46,6 +46,18 @@ def pack_cpuid(entries: Sequence[Value], where: str) -> bytes:
     table = bytearray(_cpuid_table(len(entries)).pack({"entries": list(entries)}, where))
     ffi.cast("struct kvm_cpuid2 *", ffi.from_buffer(table)).nent = len(entries)
     return bytes(table)
+
+
+class CheckedCpuid(list[dict[str, Value]]):
+    """CPUID entries that :func:`pack_cpuid` has made ``packed`` of, and that nobody changes: a machine's are looked at
+    when they arrive, and need not be once more when its vCPUs are made."""
+
+    __slots__ = ("packed",)
+
+    def __init__(self, entries: Sequence[Value], where: str) -> None:
+        """Raises :class:`BadField`, naming ``where``."""
+        self.packed = pack_cpuid(entries, where)
+        super().__init__(entries)
 
 
 def write_cpuid(fd: int, table: bytes) -> list[dict[str, Value]]:
@@ -107,15 +119,26 @@ def read_msrs(fd: int, indices: Iterable[int]) -> dict[int, int]:
     """The MSRs of ``indices`` that can be read, in that order. KVM_GET_MSRS stops at the first that cannot, and returns
     how many it read: that one is left out and the rest is read by the next call."""
     found: dict[int, int] = {}
+    for read, view, nr_asked in _read_chunks(fd, indices):
+        values = _table(nr_asked).unpack_from(view, _MSRS_HEADER)[1::2]
+        found.update(zip(read, values, strict=False))
+    return found
+
+
+def readable_msrs(fd: int, indices: Iterable[int]) -> tuple[int, ...]:
+    """Those of ``indices`` that can be read, without a look at what they hold."""
+    return tuple(chain.from_iterable(read for read, _, _ in _read_chunks(fd, indices)))
+
+
+def _read_chunks(fd: int, indices: Iterable[int]) -> Iterator[tuple[tuple[int, ...], Any, int]]:
+    """Of each call: which MSRs it read, its argument, and how many it was for."""
     left = tuple(indices)
     while left:
         chunk = left[:MAX_MSRS_PER_CALL]
         count, view = _get_msrs_call(fd, chunk)
         check(count, "KVM_GET_MSRS")
-        values = _table(len(chunk)).unpack_from(view, _MSRS_HEADER)[1::2]
-        found.update(zip(chunk[:count], values, strict=False))
+        yield chunk[:count], view, len(chunk)
         left = left[count:] if count == len(chunk) else left[count + 1 :]
-    return found
 
 
 def write_msrs(fd: int, values: Mapping[int, int]) -> list[int]:

@@ -47,13 +47,13 @@ _RESET_VALUES = {
 }
 
 
-def indices_to_save(vcpu: Vcpu) -> list[int]:
+def indices_to_save(vcpu: Vcpu) -> tuple[int, ...]:
     """Every MSR that this host keeps for the guest: KVM's own list, which is not enough (it lacks MTRRs and machine
     check banks: Cloud Hypervisor #7944), completed by what the vCPU's own MTRRcap and MCG_CAP announce."""
     caps = vcpu.get_msrs([msr.MTRR_CAP, msr.IA32_MCG_CAP])
     nr_var = min(caps.get(msr.MTRR_CAP, 0) & 0xFF, 16)
     nr_banks = min(caps.get(msr.IA32_MCG_CAP, 0) & 0xFF, msr.MAX_MCE_BANKS)
-    return list(vcpu.get_msrs(_candidates(vcpu.host.msr_indices, nr_var, nr_banks)))
+    return vcpu.readable_msrs(_candidates(vcpu.host.msr_indices, nr_var, nr_banks))
 
 
 @lru_cache(8)

@@ -13,7 +13,7 @@ from ..errors import check
 from ..state.section import Value
 from .breakpoints import debug_registers
 from .host import CpuidEntry, Host
-from .lists import pack_cpuid, read_msrs, write_cpuid, write_msrs
+from .lists import CheckedCpuid, read_msrs, readable_msrs, write_cpuid, write_msrs
 from .structs import layout
 
 RUN_EXIT: int = lib.KMIG_RUN_EXIT
@@ -245,13 +245,18 @@ class Vcpu:
         """Those MSRs of ``indices`` that can be read."""
         return read_msrs(self.fd, indices)
 
+    def readable_msrs(self, indices: Iterable[int]) -> tuple[int, ...]:
+        """Which of ``indices`` can be read."""
+        return readable_msrs(self.fd, indices)
+
     def set_msrs(self, values: Mapping[int, int]) -> list[int]:
         """Write MSRs in that order; returns those that the kernel refused."""
         return write_msrs(self.fd, values)
 
     def set_cpuid2(self, entries: Sequence[Value]) -> None:
         """Set what CPUID tells the guest; only before the vCPU first runs (the kernel refuses later changes)."""
-        self.set_cpuid2_packed(pack_cpuid(entries, f"vcpu{self.id}.cpuid"))
+        checked = entries if isinstance(entries, CheckedCpuid) else CheckedCpuid(entries, f"vcpu{self.id}.cpuid")
+        self.set_cpuid2_packed(checked.packed)
 
     def set_cpuid2_packed(self, packed: bytes) -> None:
         """Set CPUID from what :func:`pack_cpuid` made, and keep in ``cpuid`` what the kernel made of it: that does

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from ..config import MAX_CPUS, MAX_MEMORY_BYTES, MIN_MEMORY_BYTES, HostSide, MachineConfig
 from ..errors import BadField, ConfigError, RestoreRefused
-from ..kvm.lists import MAX_CPUID_ENTRIES, pack_cpuid
+from ..kvm.lists import MAX_CPUID_ENTRIES, CheckedCpuid
 from ..memory.layout import slots_for
 from ..record import dataclass, replace
 from ..state.section import Fields, Value
@@ -125,8 +125,7 @@ def _cpuid_table(value: Value) -> CpuidTable:
     if not isinstance(value, list) or len(value) > MAX_CPUID_ENTRIES:
         raise BadField(f"description: a CPUID table is a list of at most {MAX_CPUID_ENTRIES} entries")
     # Which checks every row for exactly the fields, each within its range.
-    pack_cpuid(value, "description: cpuid")
-    return value
+    return CheckedCpuid(value, "description: cpuid")
 
 
 def _devices(value: dict[str, Value]) -> dict[str, int]:

@@ -145,7 +145,7 @@ class Machine:
         try:
             machine.platform.compare_cpuid().require()
             description.require_devices(machine.description.devices)
-            description.require_tsc(machine.platform.tsc_khz, machine.platform.can_scale_tsc)
+            description.require_tsc(machine.description.tsc_khz, machine.platform.can_scale_tsc)
             # Parked threads now, so that none has to be started while the guest waits.
             machine.start()
         except BaseException:

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 
 from kvmigrate.errors import BadField
+from kvmigrate.kvm import lists
 from kvmigrate.kvm.cpuid import compare_cpuid, guest_cpuid, parse_cpuid
 from kvmigrate.kvm.cpuid_names import WORDS, bit_name
-from kvmigrate.kvm.lists import pack_cpuid
+from kvmigrate.kvm.lists import CheckedCpuid, pack_cpuid
 from kvmigrate.kvm.system import System
 from kvmigrate.kvm.vcpu import Vcpu
 
@@ -137,3 +138,20 @@ def test_the_kernel_is_asked_once_what_it_makes_of_all_that_it_supports(monkeypa
         monkeypatch.setattr(Vcpu, "set_cpuid2_packed", note)
         vm.create_vcpu(1, cpuid=table)
         assert given == [pack_cpuid(table, "cpuid")]
+
+
+@pytest.mark.kvm
+def test_entries_that_were_checked_are_not_packed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    with System.open() as system, system.create_vm() as vm:
+        table = guest_cpuid(system.supported_cpuid(), 0, 1)
+        wanted, checked = vm.create_vcpu(0, cpuid=table).cpuid, CheckedCpuid(table, "cpuid")
+        assert checked == table and checked.packed == pack_cpuid(table, "cpuid")
+        monkeypatch.setattr(lists, "pack_cpuid", None)
+        assert vm.create_vcpu(1, cpuid=checked).cpuid == wanted
+        with pytest.raises(TypeError):
+            vm.create_vcpu(2, cpuid=table)
+
+
+def test_checked_entries_are_checked() -> None:
+    with pytest.raises(BadField, match="cpuid"):
+        CheckedCpuid([entry(1) | {"eax": -1}], "cpuid")

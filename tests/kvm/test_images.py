@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from kvmigrate._core import ffi, lib
 from kvmigrate.errors import BadField
 from kvmigrate.kvm import msr_table, vm_state
-from kvmigrate.kvm.lists import MAX_MSRS_PER_CALL, _get_msrs_call, read_msrs
+from kvmigrate.kvm.lists import MAX_MSRS_PER_CALL, _get_msrs_call, read_msrs, readable_msrs
 from kvmigrate.kvm.msr_table import MsrTable
 from kvmigrate.kvm.msrs import in_write_order
 from kvmigrate.kvm.vcpu_image import STRUCTS, VcpuImage, image_of
@@ -185,6 +185,13 @@ def test_the_kernel_takes_one_msr_less_than_its_limit_says(target: TinyVm) -> No
     assert _get_msrs_call(target.cpu.fd, (STAR,) * MAX_MSRS_PER_CALL)[0] == MAX_MSRS_PER_CALL
     assert _get_msrs_call(target.cpu.fd, (STAR,) * (MAX_MSRS_PER_CALL + 1))[0] == -errno.E2BIG
     assert read_msrs(target.cpu.fd, [STAR] * 3 * MAX_MSRS_PER_CALL) == {STAR: 0}
+
+
+def test_which_msrs_can_be_read_is_told_across_those_that_cannot(target: TinyVm) -> None:
+    no_msr = 0x5A5A
+    asked = [no_msr, STAR, *[0x10] * MAX_MSRS_PER_CALL, no_msr, no_msr, 0x1B]
+    assert readable_msrs(target.cpu.fd, asked) == tuple(index for index in asked if index != no_msr)
+    assert [*read_msrs(target.cpu.fd, asked)] == [STAR, 0x10, 0x1B]
 
 
 @pytest.fixture
