@@ -24,6 +24,7 @@
 #include "api/zerocopy.h"
 #include "api/splice.h"
 #include "api/page.h"
+#include "api/plain.h"
 #include "api/stream.h"
 #include "api/file.h"
 #include "api/virtio.h"
