@@ -143,7 +143,8 @@ class _Reader:
         header, payload = self._frame()
         while header.kind == FrameKind.SECTION:
             # All of it is looked at before a machine is built; what is loaded stays packed.
-            sections.append(section.decode(payload, whole=not _is_plain(payload)))
+            decode = section.decode_well_formed if _is_plain(payload) else _decode_whole
+            sections.append(decode(payload))
             if len(sections) > MAX_SECTIONS:
                 raise TooLarge(f"more than {MAX_SECTIONS} sections")
             header, payload = self._frame()
@@ -217,6 +218,10 @@ def _is_plain(payload: bytes) -> bool:
     """Whether there is nothing in ``payload`` that :func:`section.unpack` refuses, as far as C can tell: the objects
     that it makes of a vCPU take ten times as long, and nobody looks at them."""
     return bool(lib.kmig_is_plain(ffi.from_buffer(payload), len(payload), _LIMITS))
+
+
+def _decode_whole(payload: bytes) -> Section:
+    return section.decode(payload, whole=True)
 
 
 _LIMITS = ffi.new("struct kmig_plain_limits *", [section.MAX_STR_BYTES, section.MAX_BIN_BYTES, section.MAX_ITEMS])

@@ -6,6 +6,7 @@ str, bytes, lists and maps with str keys, under the kernel's own field names, so
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -32,6 +33,9 @@ _HOSTILE: dict[str, Any] = {
 }
 _MAP, _LONG_MAPS = 0x80, (0xDE, 0xDF)
 """How a map begins (msgpack's specification, "map format family")."""
+_HEAD = re.compile(rb"\x83\xa4name[\xa0-\xbf]([\x00-\x7f]*)\xa7version([\x01-\x7f])\xa4body(?=[\x80-\x8f\xde\xdf])")
+"""A section as far as its body, with a short name in ASCII."""
+_NAME_AT = len(b"\x83\xa4name?")
 _BROKEN = (ValueError, TypeError, msgpack.exceptions.UnpackException, RecursionError)
 
 
@@ -103,6 +107,15 @@ def decode(data: bytes | memoryview, *, whole: bool = False) -> Section:
     section = Section(name, fields.integer("version", 1, 0xFFFF), body)
     fields.done()
     return section
+
+
+def decode_well_formed(data: bytes) -> Section:
+    """The same of msgpack that is known to be one value, well formed. One as :func:`encode` writes it needs no decoder.
+    """
+    head = _HEAD.match(data)
+    if head is None or len(head[1]) != data[_NAME_AT - 1] & 0x1F:
+        return decode(data)
+    return Section(head[1].decode(), head[2][0], data[head.end() :])
 
 
 def _without_body(data: bytes | memoryview, whole: bool) -> tuple[bytes, Fields]:

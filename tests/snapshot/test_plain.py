@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import msgpack
 import pytest
 from hypothesis import given
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 from kvmigrate.errors import StreamError
 from kvmigrate.snapshot.statefile import _is_plain
 from kvmigrate.state import section
-from kvmigrate.state.section import Value
+from kvmigrate.state.section import Section, Value
 
 SCALARS = st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.binary(max_size=300)
 NAMES = st.text(st.characters(max_codepoint=127), max_size=300)
@@ -84,3 +86,53 @@ def test_at_its_limit_a_value_is_plain_and_beyond_it_is_not(value: Value) -> Non
 )
 def test_what_only_a_decoder_can_judge_is_left_to_it(data: bytes) -> None:
     assert not _is_plain(data)
+
+
+def outcome(decode: Callable[[bytes], Section], payload: bytes) -> tuple[object, ...]:
+    try:
+        found = decode(payload)
+    except StreamError as error:
+        return type(error), str(error)
+    return found.name, found.version, found.packed
+
+
+@given(
+    st.permutations(["name", "version", "body"]),
+    st.text(max_size=70) | st.integers(),
+    st.sampled_from([-1, 0, 1, 127, 128, 0xFFFF, 0x10000, "1"]),
+    st.dictionaries(NAMES, SCALARS, max_size=20) | SCALARS,
+    st.dictionaries(NAMES, SCALARS, max_size=1),
+)
+def test_a_well_formed_section_is_decoded_as_any_is(
+    order: list[str], name: Value, version: Value, body: Value, more: dict[str, Value]
+) -> None:
+    fields = {"name": name, "version": version, "body": body}
+    try:
+        payload = section.pack({key: fields[key] for key in order} | more)
+    except OverflowError:
+        return
+    assert outcome(section.decode_well_formed, payload) == outcome(section.decode, payload)
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"\x83\xa4name\xd9\x02vm\xa7version\x01\xa4body",
+        b"\x83\xa4name\xa2vm\xa7version\xcc\x01\xa4body",
+        b"\x83\xa4name\xa3vm\x80\xa7version\x01\xa4body",
+        b"\x83\xa4name\xa0\xa7version\x01\xa4body",
+    ],
+    ids=["long form of a str", "long form of an int", "not ASCII", "no name"],
+)
+def test_a_section_that_nobody_here_writes_is_decoded_as_any_is(head: bytes) -> None:
+    payload = head + section.pack({"a": 1})
+    assert outcome(section.decode_well_formed, payload) == outcome(section.decode, payload)
+
+
+def test_a_section_that_is_written_here_needs_no_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = Section("vcpu0", 1, {"regs": {"rip": 0xFFF0}})
+    payload = section.encode(written)
+    monkeypatch.setattr(section, "_without_body", None)
+    assert section.decode_well_formed(payload).packed == written.packed
+    with pytest.raises(TypeError):
+        section.decode(payload)
