@@ -149,6 +149,8 @@ class Incoming:
         check, sections = take_check(self._channel, frame)
         answer_check(self._channel, check, sections, self._built().trial(), self._build_ms)
         self._warm_up.done()
+        # From here on nothing is started that would inherit this, but for what lifts it first.
+        self._apart.keep()
         return State.RECEIVING
 
     def _resident(self, frame: Frame) -> State:
@@ -158,8 +160,8 @@ class Incoming:
             if not any(s.base_gfn <= gfn and gfn + nr_pages <= s.base_gfn + s.nr_pages for s in memory.slots):
                 raise BadField(f"RESIDENT: {nr_pages} pages at gfn {gfn:#x} are not the guest's memory")
         self._stop_prefault()
+        self._apart.end()
         self._prefault = Prefault(memory, runs)
-        # Not before the prefault is under way: its thread would inherit this.
         self._apart.keep()
         return self.state
 
