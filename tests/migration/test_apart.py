@@ -5,14 +5,18 @@ from __future__ import annotations
 import os
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from kvmigrate.memory.prefault import Prefault
+from kvmigrate.memory.region import GuestMemory
+from kvmigrate.migration import incoming
 from kvmigrate.migration.apart import Apart
-from tests.fake_machine import FakeMachine
+from kvmigrate.migration.pages import ANNOUNCED_PAGES
+from tests.fake_machine import MIB, FakeMachine
 
 from .harness import Receiving, migrate
 
@@ -111,3 +115,23 @@ def test_a_destination_is_apart_while_it_receives_and_everywhere_from_the_load_o
     # What is started in there is the guest's.
     assert seen[receiving.machine, "load"] == seen[receiving.machine, "resume"] == ALLOWED
     assert seen[source_machine, "warm_up"] == ALLOWED
+
+
+def test_what_touches_memory_ahead_of_the_pages_may_run_everywhere(
+    tmp_path: Path, receive: Receive, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[set[int]] = []
+
+    class Spied(Prefault):
+        def __init__(self, memory: GuestMemory, runs: Sequence[tuple[int, int]]) -> None:
+            seen.append(os.sched_getaffinity(0))
+            super().__init__(memory, runs)
+
+    monkeypatch.setattr(incoming, "Prefault", Spied)
+    machine = FakeMachine(48 * MIB, running=True)
+    machine.fill(ANNOUNCED_PAGES)
+    receiving = receive()
+    assert migrate(machine, receiving.address, tmp_path).error is None
+    receiving.join()
+    assert seen == [ALLOWED]
+    machine.close()
