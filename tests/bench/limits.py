@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 
 from .samples import Sample, Series
-from .stream import PAGE_BYTES
+from .stream import PAGE_BYTES, connect
 from .warm import MADV_POPULATE_WRITE, warm
 
 COPY_BYTES = 64 << 20
@@ -69,14 +69,15 @@ def _drain(listener: socket.socket) -> None:
             pass
 
 
-def loopback() -> Sample:
-    """One TCP connection over the loopback, hot buffers on both sides."""
+def loopback(*, paced: bool) -> Sample:
+    """One TCP connection over the loopback, hot buffers on both sides; ``paced`` as the host is, or as kvmigrate's."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         reader = threading.Thread(target=_drain, args=(listener,))
         reader.start()
         piece = bytes(PIECE_BYTES)
         began = time.monotonic()
-        with socket.create_connection(listener.getsockname()) as sender:
+        port = listener.getsockname()[1]
+        with socket.create_connection(("127.0.0.1", port)) if paced else connect(port) as sender:
             for _ in range(SEND_BYTES // PIECE_BYTES):
                 sender.sendall(piece)
         reader.join()
@@ -90,5 +91,6 @@ def rows() -> list[Series]:
         Series("machine: first touch, 4 KiB pages", lambda: touch(huge=False)),
         Series("machine: first touch, huge pages", lambda: touch(huge=True)),
         Series("machine: first touch, memfd", touch_shared),
-        Series("machine: loopback TCP, one connection", loopback),
+        Series("machine: loopback TCP, one connection", lambda: loopback(paced=True)),
+        Series("machine: loopback TCP, one connection, Reno", lambda: loopback(paced=False)),
     ]

@@ -18,7 +18,7 @@ from . import limits
 from .goals import Group
 from .limits import per_page, timed
 from .samples import Sample, Series
-from .stream import PAGE_BYTES, TIMEOUT_MS, fill, first_round, stream
+from .stream import PAGE_BYTES, TIMEOUT_MS, connect, fill, first_round, piped_round, stream
 from .warm import warm
 
 SIZE_BYTES = 256 << 20
@@ -70,7 +70,7 @@ def _discarded(memory: GuestMemory, work: Any) -> Sample:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         reader = multiprocessing.Process(target=_discard, args=(listener,))
         reader.start()
-        with socket.create_connection(listener.getsockname()) as sender:
+        with connect(listener.getsockname()[1]) as sender:
             began = time.process_time()
             work(sender.fileno())
             used = time.process_time() - began
@@ -82,6 +82,14 @@ def _discarded(memory: GuestMemory, work: Any) -> Sample:
 def _send_round(memory: GuestMemory) -> Sample:
     def work(fd: int) -> None:
         stream_round(memory.handle, first_round(), fd, ffi.new("uint32_t *"))
+
+    return _discarded(memory, work)
+
+
+def _send_piped(memory: GuestMemory) -> Sample:
+    def work(fd: int) -> None:
+        with piped_round(fd) as round_:
+            stream_round(memory.handle, round_, fd, ffi.new("uint32_t *"))
 
     return _discarded(memory, work)
 
@@ -125,6 +133,7 @@ def steps(_: Path) -> Iterator[Group]:
             Series("find, zero test, hash of pages with data", lambda: _look(data)),
             Series("send: source's processor, socket only", lambda: _send_only(data)),
             Series("send: source's processor, a whole round", lambda: _send_round(data)),
+            Series("send: source's processor, a whole round through a pipe", lambda: _send_piped(data)),
             Series("receive, hash: destination's processor, touched memory", lambda: _received(touched=True)),
             Series("receive, hash, fault: destination's processor, new memory", lambda: _received(touched=False)),
             Series("fault: touch ahead", _fault),

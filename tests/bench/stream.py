@@ -12,11 +12,15 @@ import os
 import socket
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing.synchronize import Barrier
 from typing import Any, cast
 
 from kvmigrate._core import ffi, lib
+from kvmigrate.errors import check
 from kvmigrate.memory.region import GuestMemory
+from kvmigrate.migration.local import unpaced_if_local
 from tests.memory.tools import stream_round
 
 BLOCK_BYTES = 16 << 20
@@ -38,14 +42,34 @@ def first_round() -> Any:
     return ffi.new("struct kmig_round *", {"abort_fd": -1, "first": 1, "timeout_ms": TIMEOUT_MS})
 
 
+def connect(port: int) -> socket.socket:
+    """To this host, as kvmigrate does it."""
+    sock, target = socket.socket(), ("127.0.0.1", port)
+    unpaced_if_local(sock, target)
+    sock.connect(target)
+    return sock
+
+
+@contextmanager
+def piped_round(fd: int) -> Iterator[Any]:
+    """The same as :func:`first_round`, whose pages leave ``fd`` through a pipe."""
+    splice, round_ = ffi.new("struct kmig_splice *"), first_round()
+    check(lib.kmig_splice_open(splice, fd), "a pipe")
+    round_.splice = splice
+    try:
+        yield round_
+    finally:
+        lib.kmig_splice_close(splice)
+
+
 def send(size_bytes: int, port: int, barrier: Barrier, results: Any) -> None:
     """The source process."""
     with GuestMemory(size_bytes) as memory:
         fill(memory)
         barrier.wait()
-        with socket.create_connection(("127.0.0.1", port)) as sock:
+        with connect(port) as sock, piped_round(sock.fileno()) as round_:
             began, cpu = time.monotonic(), time.process_time()
-            rc = stream_round(memory.handle, first_round(), sock.fileno(), ffi.new("uint32_t *"))
+            rc = stream_round(memory.handle, round_, sock.fileno(), ffi.new("uint32_t *"))
             used = time.process_time() - cpu
             results.put({"began": began, "source_cpu_s": used, "sent": memory.digest, "rc": rc})
 
