@@ -57,6 +57,7 @@ class Embedded:
 
 def main(snapshot: Path) -> None:
     """Restore once for each line."""
+    api.rehearse()
     while path := sys.stdin.readline().strip():
         began = time.monotonic_ns()
         machine = api.restore(snapshot, name="embedded", serial=f"unix:{path}", clone=True).machine
