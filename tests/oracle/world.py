@@ -171,8 +171,8 @@ class World:
         assert status == MOVED, f"exit status {status}: {source.stderr} {destination.stderr}"
         return destination
 
-    def tcp(self) -> str:
-        return f"tcp://127.0.0.1:{free_port()}"
+    def tcp(self, host: str = "127.0.0.1") -> str:
+        return f"tcp://{host}:{free_port()}"
 
     def unix(self) -> str:
         return f"unix://{self.directory}/{len(self.processes)}.sock"

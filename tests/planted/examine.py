@@ -67,16 +67,18 @@ def examine_hop(
     downtime_limit_ms: int = 300,
     connections: int = 1,
     zero_copy: bool = False,
+    by_copy: bool = False,
     **guest: Any,
 ) -> Findings:
     """Move a guest, booted as :func:`boot` says, and ask all oracles; up to ``hops`` times, until one objects.
 
+    With ``by_copy`` neither side takes the other for a peer on this host, so that its pages go as to another one.
     ``cap``, in bytes per second, makes the rounds long, so that the guest writes while pages are on their way.
     """
     found = Findings.of(world)
     source = boot(world, cpus=cpus, **guest)
     for _ in range(hops):
-        address = world.tcp()
+        address = world.tcp("127.0.0.2" if by_copy else "127.0.0.1")
         destination = world.receive(address)
         parameters = {"max-bandwidth": cap, "downtime-limit": downtime_limit_ms, "x-kvmigrate-compression": compression}
         parameters["multifd-channels"] = connections

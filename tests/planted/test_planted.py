@@ -31,7 +31,9 @@ HOP_BORDER = partial(examine_hop, hops=6, rate=30, pages=256, memory=str((8192 +
 # Pages are to come as what changed in them at least twice, and the agreement on it takes two rounds. A fast
 # machine at this rate writes to all pages in each round; they go on until changes make up for the whole pages.
 HOP_DELTA = partial(examine_hop, rate=200, compression="zstd", cap=4 << 20, downtime_limit_ms=800)
+# Over the loopback, where nothing says otherwise: pages go through pipes.
 HOP_THREE = partial(examine_hop, connections=3)
+HOP_BY_COPY = partial(examine_hop, by_copy=True)
 HOP_ZEROCOPY = partial(examine_hop, connections=3, zero_copy=True)
 NO_COMMIT, NO_RUNNING = (partial(examine_stall, kind=kind) for kind in (FrameKind.COMMIT, FrameKind.RUNNING))
 
@@ -59,6 +61,13 @@ PLANTED = (
     Fault("stale-delta-base", "a page that is sent again and again is kept as it was first sent", HOP_DELTA, in_c=True),
     Fault("drop-page-per-round", "one dirty page of each round and connection is not sent", HOP_THREE, in_c=True),
     Fault("swap-two-pages", "two pages change places on one of three connections", HOP_THREE, in_c=True),
+    Fault(
+        "drop-page-per-round",
+        "one dirty page of each round is not sent, the others by copy",
+        HOP_BY_COPY,
+        in_c=True,
+    ),
+    Fault("swap-two-pages", "two pages change places that are sent by copy", HOP_BY_COPY, in_c=True),
     Fault("lose-piece", "pages that one of three connections took are sent by none", HOP_THREE, in_c=True),
     Fault(
         "drop-page-per-round",
@@ -148,11 +157,24 @@ def test_planted_fault_is_caught(world: World, fault: Fault) -> None:
 
 @pytest.mark.parametrize(
     "examine",
-    [HOP, HOP_TWO, HOP_THREE, HOP_ZEROCOPY, HOP_BUSY, HOP_BORDER, examine_snapshot, HOP_DELTA, NO_COMMIT, NO_RUNNING],
+    [
+        HOP,
+        HOP_TWO,
+        HOP_THREE,
+        HOP_BY_COPY,
+        HOP_ZEROCOPY,
+        HOP_BUSY,
+        HOP_BORDER,
+        examine_snapshot,
+        HOP_DELTA,
+        NO_COMMIT,
+        NO_RUNNING,
+    ],
     ids=[
         "hop",
         "two vcpus",
         "three connections",
+        "by copy",
         "zero-copy",
         "busy",
         "border",
