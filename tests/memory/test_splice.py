@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import struct
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -20,8 +21,8 @@ from kvmigrate.memory.dirty import DirtyLog, LogMode
 from kvmigrate.memory.region import GuestMemory
 
 from .limits import forbid_vmsplice, in_thread
-from .test_zerocopy import NR_PAGES, UNDER_WAY, Wire, gfns_of, wire
-from .tools import Draining, contents, decode_stream, fill
+from .test_zerocopy import NR_PAGES, UNDER_WAY, Wire, change_before_it_is_read, gfns_of, wire
+from .tools import Draining, decode_stream, fill
 
 
 @pytest.fixture
@@ -90,22 +91,7 @@ def test_a_page_that_changes_before_the_peer_reads_it_comes_again_and_both_sides
         GuestMemory(NR_PAGES * PAGE_BYTES) as destination,
         link_to() as link,
     ):
-        fill(source, range(UNDER_WAY))
-        log = DirtyLog(source, LogMode.CLEAR)
-        log.start()
-        assert link.send(source) == 0
-        last = (UNDER_WAY - 1) * PAGE_BYTES
-        # As the guest does, behind everybody's back; and then the log tells of it.
-        ffi.memmove(source.handle.slot[0].hva + last, b"later", 5)
-        link.receive(destination)
-        assert destination.read(last, 5) == b"later", "it went as a copy: this tests nothing"
-        assert destination.digest != source.digest
-        source.write(last, b"later")
-        assert log.sync() == 1
-        assert link.send(source, first=False) == 0
-        link.receive(destination)
-        assert contents(destination) == contents(source)
-        assert (destination.digest, destination.nr_hashed) == (source.digest, source.nr_hashed)
+        change_before_it_is_read(link, source, destination)
 
 
 @LINKS
@@ -201,8 +187,13 @@ class TestFailingLink:
         before = signal.signal(signal.SIGPIPE, count_signal)
         try:
             with over_unix() as link:
-                link.theirs.close()
+                # Amid the pages of a frame: their head goes by a call that knows of no signal.
+                link.ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 300_000)
+                timer = threading.Timer(0.2, link.theirs.close)
+                timer.start()
                 assert link.send(source) == -errno.EPIPE
+                timer.join()
+                assert link.splice.held_bytes > 0
             assert signal.SIGPIPE not in signal.pthread_sigmask(signal.SIG_BLOCK, []), "it is let through afterwards"
         finally:
             signal.signal(signal.SIGPIPE, before)

@@ -145,27 +145,32 @@ def test_few_pages_go_as_a_copy(source: GuestMemory) -> None:
         assert link.counts == (0, 0, 0)
 
 
+def change_before_it_is_read(link: Wire, source: GuestMemory, destination: GuestMemory) -> None:
+    """Write to a page that is under way, and require that it comes again and both sides agree."""
+    fill(source, range(UNDER_WAY))
+    log = DirtyLog(source, LogMode.CLEAR)
+    log.start()
+    assert link.send(source) == 0
+    last = (UNDER_WAY - 1) * PAGE_BYTES
+    # As the guest does, behind everybody's back; and then the log tells of it.
+    ffi.memmove(source.handle.slot[0].hva + last, b"later", 5)
+    link.receive(destination)
+    assert destination.read(last, 5) == b"later", "it went as a copy: this tests nothing"
+    assert destination.digest != source.digest
+    source.write(last, b"later")
+    assert log.sync() == 1
+    assert link.send(source, first=False) == 0
+    link.receive(destination)
+    assert contents(destination) == contents(source)
+    assert (destination.digest, destination.nr_hashed) == (source.digest, source.nr_hashed)
+
+
 @pytest.mark.parametrize("backend", [MemoryBackend.ANONYMOUS, MemoryBackend.MEMFD])
 def test_a_page_that_changes_before_it_leaves_comes_again_and_both_sides_agree(
     destination: GuestMemory, backend: MemoryBackend
 ) -> None:
     with GuestMemory(NR_PAGES * PAGE_BYTES, backend) as source, wire(window_bytes=4096) as link:
-        fill(source, range(UNDER_WAY))
-        log = DirtyLog(source, LogMode.CLEAR)
-        log.start()
-        assert link.send(source) == 0
-        last = (UNDER_WAY - 1) * PAGE_BYTES
-        # As the guest does, behind everybody's back; and then the log tells of it.
-        ffi.memmove(source.handle.slot[0].hva + last, b"later", 5)
-        link.receive(destination)
-        assert destination.read(last, 5) == b"later", "it went as a copy: this tests nothing"
-        assert destination.digest != source.digest
-        source.write(last, b"later")
-        assert log.sync() == 1
-        assert link.send(source, first=False) == 0
-        link.receive(destination)
-        assert contents(destination) == contents(source)
-        assert (destination.digest, destination.nr_hashed) == (source.digest, source.nr_hashed)
+        change_before_it_is_read(link, source, destination)
 
 
 def test_a_page_that_changes_and_changes_back_comes_again(
