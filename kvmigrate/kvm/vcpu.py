@@ -271,7 +271,8 @@ class Vcpu:
         As what it supports, that is asked once per process: setting CPUID takes a quarter as long as making a VM."""
         if not self.host.offered_cpuid:
             self.set_cpuid2_packed(self.host.packed_cpuid)
-            self.host.offered_cpuid.extend(self.cpuid)
+            # Two machines may be made at once: whoever comes second writes the same.
+            self.host.offered_cpuid[:] = self.cpuid
         self.offered_cpuid = self.host.offered_cpuid
 
     def setup_mce(self, mcg_cap: int) -> None:
