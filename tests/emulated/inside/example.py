@@ -75,11 +75,16 @@ def test_a_guest_of_a_user_who_is_not_root_reaches_the_network(uplink: None, hom
             log.wait_for("READY", BOOT_S)
             leases = said(guest, "ifconfig eth0 up; udhcpc -i eth0 -n -q -f -s /bin/echo 2>&1 | grep lease")
             assert re.search(f"lease of {HOST_ADDRESS} obtained from {GATEWAY}", " ".join(leases)), leases
-            said(guest, f"ifconfig eth0 {HOST_ADDRESS} netmask 255.255.255.0; echo here I am | nc {GATEWAY} {PORT} &")
+            said(guest, f"ifconfig eth0 {HOST_ADDRESS} netmask 255.255.255.0")
+            # The guest's end stays open until it has its answer: pasta was seen to lose what came right before a FIN.
+            said(guest, f"(echo here I am; sleep {ANSWER_S:.0f}) | nc {GATEWAY} {PORT} &")
             server.settimeout(ANSWER_S)
             connection, _ = server.accept()
             with connection:
+                connection.settimeout(ANSWER_S)
                 assert connection.recv(100) == b"here I am\n"
+                connection.sendall(b"and here is your host\n")
+                log.wait_for("and here is your host", ANSWER_S)
             outside = ["kvmigrate", "query", "vm0"]
             subprocess.run(outside, env=environment, user=NOBODY, group=NOBODY, extra_groups=[], check=True)
             log.send("poweroff -f\n")
