@@ -207,12 +207,16 @@ class Machine:
             if self.runstate is not RunState.RUNNING:
                 self._runstate.require(RunState.RUNNING)
             self.platform.virtio.lock()
-            self._runstate.move(RunState.RUNNING)
-            self.cpus.start()
-            if self._pending_reset is not None:
-                self._start_reset()
-            else:
-                self._let_go()
+            self._runstate.enter(RunState.RUNNING)
+            try:
+                self.cpus.start()
+                if self._pending_reset is not None:
+                    self._start_reset()
+                else:
+                    self._let_go()
+            finally:
+                # The guest goes first: whoever is told may want the interpreter at once.
+                self._runstate.tell()
 
     def _let_go(self) -> None:
         for device in self.platform.devices.values():

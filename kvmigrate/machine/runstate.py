@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable
 
 from ..contract import RunState
@@ -25,10 +26,13 @@ _ENDS = frozenset({RunState.SHUTDOWN, RunState.INTERNAL_ERROR})
 
 
 class RunStateBox:
-    """Holds the state; refuses a move that :data:`MOVES` has not. ``on_change`` is called after each move."""
+    """Holds the state; refuses a move that :data:`MOVES` has not. ``on_change`` is called after each move, in their
+    order, by one thread at a time."""
 
     def __init__(self, state: RunState) -> None:
         self._lock = threading.Lock()
+        self._telling = threading.Lock()
+        self._untold: deque[RunState] = deque()
         self.state = state
         self.on_change: Callable[[RunState], None] = lambda _: None
 
@@ -41,13 +45,25 @@ class RunStateBox:
         return self.state in _ENDS
 
     def move(self, to: RunState) -> None:
-        """Enter ``to``; entering the present state again is no move. Raises :class:`StateError`."""
+        """Enter ``to``, and tell. Raises :class:`StateError`."""
+        self.enter(to)
+        self.tell()
+
+    def enter(self, to: RunState) -> None:
+        """Enter ``to``, of which :meth:`tell` tells; entering the present state again is no move. Raises
+        :class:`StateError`."""
         with self._lock:
             if to is self.state:
                 return
             self.require(to)
             self.state = to
-        self.on_change(to)
+            self._untold.append(to)
+
+    def tell(self) -> None:
+        """Tell of each move of which nobody has told."""
+        with self._telling:
+            while self._untold:
+                self.on_change(self._untold.popleft())
 
     def require(self, to: RunState) -> None:
         """Raise :class:`StateError` unless there is a move from the present state to ``to``."""

@@ -92,6 +92,7 @@ class Channel:
     def __init__(self, sock: socket.socket, abort: Abort, timeout_ms: float, peer: str) -> None:
         _tune(sock, timeout_ms)
         self._sock = sock
+        self.apart = Apart(sock)
         self.abort = abort
         self.timeout_ms = timeout_ms
         self.peer = peer
@@ -125,10 +126,6 @@ class Channel:
     def splice(self) -> Any:
         """The ``struct kmig_splice *`` of pages that go through a pipe, NULL while none do."""
         return self._splice
-
-    def apart(self) -> Apart:
-        """What keeps a thread off the processor of a peer on this host."""
-        return Apart(self._sock)
 
     def send_by_reference(self) -> None:
         """Let pages leave from where they lie. Raises :class:`UnsupportedError`."""

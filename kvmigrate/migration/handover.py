@@ -91,7 +91,8 @@ def commit(channel: Channel, epoch: int, watch: Stopwatch) -> HandedOver | wire.
     """Send COMMIT and wait for its answer. Whatever this raises, the guest may run at the destination."""
     watch.lap()
     channel.send_payloads([(FrameKind.COMMIT, wire.commit_payload(epoch))])
-    frame = channel.recv(spin=True)
+    # Asleep, not looking again and again: on one host the guest may want this processor now.
+    frame = channel.recv()
     if frame.kind == FrameKind.RUNNING:
         to_running, total = watch.lap(), watch.total()
         return HandedOver(wire.Running.from_payload(frame.payload), to_running, total)

@@ -57,7 +57,6 @@ class Incoming:
         self._taken = Offer(())
         self._further = Further(channel, self._allowed_flags)
         self._quiet = ExitStack()
-        self._apart = channel.apart()
         self._warm_up = WarmUp()
         self._prefault: Prefault | None = None
         self._build_ms = 0.0
@@ -91,7 +90,7 @@ class Incoming:
     def end_blackout(self) -> None:
         """Give the interpreter back its manners, and stop what else was under way. Idempotent."""
         self._quiet.close()
-        self._apart.end()
+        self._channel.apart.end()
         self._stop_prefault()
         self._further.stop()
 
@@ -121,7 +120,7 @@ class Incoming:
 
     def run_guest(self) -> None:
         """Let the guest run, or stay paused as it was at the source. Its custody must be committed."""
-        self._apart.end()
+        self._channel.apart.end()
         if self._autostart:
             self._built().resume()
         else:
@@ -150,7 +149,7 @@ class Incoming:
         answer_check(self._channel, check, sections, self._built().trial(), self._build_ms)
         self._warm_up.done()
         # From here on nothing is started that would inherit this, but for what lifts it first.
-        self._apart.keep()
+        self._channel.apart.leave_one(self._hello.epoch)
         return State.RECEIVING
 
     def _resident(self, frame: Frame) -> State:
@@ -160,9 +159,9 @@ class Incoming:
             if not any(s.base_gfn <= gfn and gfn + nr_pages <= s.base_gfn + s.nr_pages for s in memory.slots):
                 raise BadField(f"RESIDENT: {nr_pages} pages at gfn {gfn:#x} are not the guest's memory")
         self._stop_prefault()
-        self._apart.end()
+        self._channel.apart.end()
         self._prefault = Prefault(memory, runs)
-        self._apart.keep()
+        self._channel.apart.leave_one(self._hello.epoch)
         return self.state
 
     def _pages(self, frame: Frame) -> State:
@@ -181,7 +180,7 @@ class Incoming:
         round_ = wire.Round.from_payload(frame.payload)
         if not round_.sections:
             self.rounds.append(round_)
-            self._apart.keep()
+            self._channel.apart.leave_one(self._hello.epoch)
             self._warm_up.go(self._built())
             # All of the round has been received: the source waits for this before it pauses the guest.
             self._channel.send_payloads([(FrameKind.ROUND, frame.payload)])
@@ -190,9 +189,9 @@ class Incoming:
         self._quiet.enter_context(quiet_interpreter())
         sections = self._channel.recv_sections(round_.sections, round_.sections_bytes)
         # What is started in there, such as a device's thread, is the guest's: it would inherit this for good.
-        self._apart.end()
+        self._channel.apart.end()
         state = self._load(sections)
-        self._apart.keep()
+        self._channel.apart.leave_one(self._hello.epoch)
         return state
 
     def _load(self, sections: list[Section]) -> State:

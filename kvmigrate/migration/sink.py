@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 from .._core import lib
 from ..config import PAGE_BYTES, Compression
@@ -100,7 +101,7 @@ class StreamSink:
         self._channels = channels
         cores = max(1, len(os.sched_getaffinity(0)) // len(channels))
         self._writers = [Writer(channel, compression, cores) for channel in channels]
-        self._pool = ThreadPoolExecutor(len(channels) - 1, "pages") if len(channels) > 1 else None
+        self._pool = _pool(len(channels) - 1) if len(channels) > 1 else None
         self._delta_cache_bytes = delta_cache_bytes if compression.may_pack else 0
         self._meanwhile = meanwhile
         self._offered = False
@@ -199,6 +200,17 @@ class StreamSink:
             self._pool.shutdown()
         for channel in self._channels[1:]:
             channel.close()
+
+
+def _pool(nr_threads: int) -> ThreadPoolExecutor:
+    """Threads that may run wherever this one may now: one that is started later would inherit what it keeps to then."""
+    allowed = os.sched_getaffinity(0)
+
+    def roam() -> None:
+        with suppress(OSError):
+            os.sched_setaffinity(0, allowed)
+
+    return ThreadPoolExecutor(nr_threads, "pages", roam)
 
 
 def _say(writers: Sequence[Writer], kind: FrameKind) -> None:

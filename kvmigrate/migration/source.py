@@ -117,7 +117,7 @@ class Source:
             with self._rollback():
                 channel = self._setup()
                 precopy, sink = self._copy(channel)
-                self._warm_up.go(self._machine)
+                self._get_ready(channel)
                 with quiet_interpreter(), bounded(channel, self._parameters):
                     switched = self._switch_over(channel, precopy, sink)
                     answer = self._commit(channel, switched)
@@ -180,7 +180,7 @@ class Source:
         nr_connections = parameters.connections_for(self._nr_resident)
         further = open_further(channel, self._address, query.uuid, query.epoch, nr_connections)
         packing = parameters.compression, parameters.delta_cache_bytes
-        self._sink = StreamSink([channel, *further], *packing, meanwhile=partial(self._warm_up.go, self._machine))
+        self._sink = StreamSink([channel, *further], *packing, meanwhile=partial(self._get_ready, channel))
         self._sink.spare_copies(zero_copy=parameters.zero_copy)
         return self._sink
 
@@ -204,6 +204,11 @@ class Source:
         decision = precopy.run()
         self._result = replace(self._result, why=decision.why, expected_downtime_ms=decision.expected_downtime_ms)
         return precopy, sink
+
+    def _get_ready(self, channel: Channel) -> None:
+        """For the blackout, while the destination does the same."""
+        channel.apart.take_one(self._query.epoch)
+        self._warm_up.go(self._machine)
 
     def _after_round(self, record: RoundRecord, decision: Decision) -> None:
         self._tell(lambda: self._observer.round_done(record))
@@ -303,6 +308,8 @@ class Source:
     def _undo(self, error: BaseException) -> BaseException:
         """The guest as it was before, resumed before anything else, for it waits. Returns the reason to report."""
         waits_for_disks = False
+        if self._channel is not None:
+            self._channel.apart.end()
         try:
             self._resume()
         except ConfigError:
@@ -393,6 +400,7 @@ class Source:
         if self._sink is not None:
             self._sink.close()
         if self._channel is not None:
+            self._channel.apart.end()
             self._channel.close()
         self._abort.close()
         self._resolution.close()
