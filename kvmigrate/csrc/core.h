@@ -25,6 +25,7 @@
 #include "api/splice.h"
 #include "api/page.h"
 #include "api/plain.h"
+#include "api/frames.h"
 #include "api/stream.h"
 #include "api/file.h"
 #include "api/virtio.h"

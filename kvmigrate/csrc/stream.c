@@ -3,28 +3,15 @@
 #include <string.h>
 #include <sys/socket.h>
 
+#include "frame.h"
 #include "internal.h"
 #include "link.h"
 
 #define FRAME_PAGES 3
-#define FLAG_MANDATORY 1
 #define PAGES_ZSTD 1
 #define PAGES_DELTA 2
 // A zstd frame of pages that do not shrink is this much larger than they are (ZSTD_compressBound, rounded up).
 #define ZSTD_SLACK_BYTES (KMIG_CHUNK_PAGES * KMIG_PAGE_BYTES / 256 + 512)
-
-static const uint8_t magic[4] = {'K', 'V', 'M', 'G'};
-
-// The machine is little endian, like the wire: KVM on x86-64 is all there is.
-struct frame_header {
-    uint8_t magic[4];
-    uint16_t kind;
-    uint16_t flags;
-    uint64_t length;
-    uint64_t checksum;
-    uint32_t sequence;
-    uint32_t header_checksum;
-};
 
 struct pages_head {
     uint32_t nr_runs;
@@ -32,7 +19,7 @@ struct pages_head {
     uint64_t data_bytes;
 };
 
-_Static_assert(sizeof(struct frame_header) == 32 && sizeof(struct pages_head) == 16, "the wire format");
+_Static_assert(sizeof(struct pages_head) == 16, "the wire format");
 _Static_assert(sizeof(struct kmig_page_run) == 16, "the wire format");
 _Static_assert(KMIG_CHUNK_PAGES + 2 <= IOV_MAX, "a chunk is one sendmsg");
 
@@ -46,11 +33,6 @@ struct pages_table {
 static size_t table_bytes(uint32_t nr_runs)
 {
     return sizeof(struct pages_head) + nr_runs * sizeof(struct kmig_page_run);
-}
-
-static uint32_t header_checksum(const struct frame_header *header)
-{
-    return (uint32_t)kmig_hash(header, offsetof(struct frame_header, header_checksum));
 }
 
 // The data runs of a page table as a list of pieces. Returns how many.
@@ -93,14 +75,12 @@ static int send_chunk(struct kmig_round *round, const struct kmig_link *link, co
     uint64_t data_bytes = (uint64_t)chunk->nr_data_pages * KMIG_PAGE_BYTES;
     struct pages_table table = {.head = {chunk->nr_runs, 0, data_bytes}};
     size_t head_bytes = table_bytes(chunk->nr_runs);
-    struct frame_header header = {
-        .kind = FRAME_PAGES, .flags = FLAG_MANDATORY, .length = head_bytes + data_bytes, .sequence = sequence};
+    struct kmig_frame_header header = {
+        .kind = FRAME_PAGES, .flags = KMIG_FLAG_MANDATORY, .length = head_bytes + data_bytes, .sequence = sequence};
     struct iovec iov[KMIG_CHUNK_PAGES + 2] = {{&header, sizeof(header)}, {&table, head_bytes}};
 
-    memcpy(header.magic, magic, sizeof(magic));
     memcpy(table.run, chunk->run, chunk->nr_runs * sizeof(*chunk->run));
-    header.checksum = kmig_hash(&table, head_bytes);
-    header.header_checksum = header_checksum(&header);
+    kmig_frame_seal(&header, &table, head_bytes);
     int rc = kmig_round_pace(round, sizeof(header) + header.length);
     if (rc)
         return rc;
@@ -142,15 +122,15 @@ int kmig_stream_send_some(struct kmig_memory *memory, struct kmig_round *round, 
 
 static int recv_header(struct kmig_incoming *in, const struct kmig_link *link)
 {
-    struct frame_header header;
+    struct kmig_frame_header header;
     struct iovec iov = {&header, sizeof(header)};
     int rc = kmig_link_recv(link, &iov, 1);
 
     if (rc)
         return rc;
-    if (memcmp(header.magic, magic, sizeof(magic)) != 0)
+    if (!kmig_frame_has_magic(&header))
         return -EPROTO;
-    if (header.header_checksum != header_checksum(&header))
+    if (header.header_checksum != kmig_frame_header_checksum(&header))
         return -EBADMSG;
     if (header.sequence != in->sequence)
         return -EPROTO;

@@ -26,8 +26,8 @@ class SavedTsc:
     offset: int | None
 
 
-def load_tsc_khz(vcpu: Vcpu, khz: int, fidelity: Fidelity, where: str) -> None:
-    """Bring the guest's TSC to its frequency: before its value, which scaling would change."""
+def load_tsc_khz(vcpu: Vcpu, khz: int, fidelity: Fidelity, where: str) -> int:
+    """Bring the guest's TSC to its frequency: before its value, which scaling would change. Returns what it has now."""
     here = vcpu.get_tsc_khz()
     if here == khz:
         fidelity.exact(where)
@@ -37,19 +37,22 @@ def load_tsc_khz(vcpu: Vcpu, khz: int, fidelity: Fidelity, where: str) -> None:
         fidelity.refused(where, khz, here, "this CPU cannot scale the TSC (KVM_CAP_TSC_CONTROL)")
     else:
         vcpu.set_tsc_khz(khz)
-        fidelity.compare(where, khz, vcpu.get_tsc_khz())
+        here = vcpu.get_tsc_khz()
+        fidelity.compare(where, khz, here)
+    return here
 
 
-def load_tsc(vcpu: Vcpu, saved: SavedTsc, base: ClockBase, fidelity: Fidelity, where: str) -> int:
-    """Set the TSC; returns by how many cycles it is off from where it should be: 0, or a jump that the host forces."""
-    offset = _wanted_offset(vcpu, saved, base)
+def load_tsc(vcpu: Vcpu, saved: SavedTsc, khz: int, base: ClockBase, fidelity: Fidelity, where: str) -> int:
+    """Set the TSC, which counts at ``khz`` here; returns by how many cycles it is off from where it should be: 0, or a
+    jump that the host forces."""
+    offset = _wanted_offset(vcpu, saved, khz, base)
     if offset is not None:
         vcpu.set_tsc_offset(offset)
         wanted = (lib.kmig_host_tsc() + offset) & _MASK
     else:
         wanted = (saved.value + base.elapsed(saved.khz)) & _MASK
-        vcpu.set_msrs({msr.IA32_TSC: wanted})
-    held = vcpu.get_msrs([msr.IA32_TSC]).get(msr.IA32_TSC, 0)
+        vcpu.set_msr(msr.IA32_TSC, wanted)
+    held = vcpu.get_msr(msr.IA32_TSC) or 0
     off = _signed(held - wanted)
     name = f"{where}.MSR_IA32_TSC"
     if abs(off) <= saved.khz * _SETTLED_MS:
@@ -60,13 +63,12 @@ def load_tsc(vcpu: Vcpu, saved: SavedTsc, base: ClockBase, fidelity: Fidelity, w
     return off
 
 
-def _wanted_offset(vcpu: Vcpu, saved: SavedTsc, base: ClockBase) -> int | None:
+def _wanted_offset(vcpu: Vcpu, saved: SavedTsc, khz: int, base: ClockBase) -> int | None:
     """None where the TSC can only be set by its MSR: no such attribute, here or there, or a scaled TSC, of which the
     offset is in other cycles than the host's."""
     if saved.offset is None or not vcpu.has_tsc_offset:
         return None
-    scaled = vcpu.get_tsc_khz() != vcpu.native_tsc_khz
-    return None if scaled else base.moved_offset(saved.offset, saved.khz)
+    return None if khz != vcpu.native_tsc_khz else base.moved_offset(saved.offset, saved.khz)
 
 
 def _signed(cycles: int) -> int:
@@ -82,11 +84,11 @@ def load_tsc_deadline(vcpu: Vcpu, saved: Mapping[int, int], off: int, fidelity: 
         return
     name = f"{where}.MSR_IA32_TSC_DEADLINE"
     moved = (wanted + off) & _MASK if wanted and off else wanted
-    refused = vcpu.set_msrs({msr.IA32_TSC_DEADLINE: moved})
-    held = vcpu.get_msrs([msr.IA32_TSC_DEADLINE]).get(msr.IA32_TSC_DEADLINE)
+    taken = vcpu.set_msr(msr.IA32_TSC_DEADLINE, moved)
+    held = vcpu.get_msr(msr.IA32_TSC_DEADLINE)
     if held == wanted:
         fidelity.exact(name)
-    elif refused or held is None:
+    elif not taken or held is None:
         if wanted:
             fidelity.refused(name, wanted, held, "this host has no such timer")
         else:

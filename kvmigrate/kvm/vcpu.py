@@ -104,6 +104,7 @@ class Vcpu:
         self.run_bytes = run_bytes
         self.xsave_bytes = xsave_bytes
         self._buffers: dict[str, Any] = {}
+        self._number: Any = ffi.new("uint64_t *")
         self.native_tsc_khz = self.get_tsc_khz()
 
     def close(self) -> None:
@@ -253,6 +254,15 @@ class Vcpu:
         """Write MSRs in that order; returns those that the kernel refused."""
         return write_msrs(self.fd, values)
 
+    def get_msr(self, index: int) -> int | None:
+        """One MSR, None where it cannot be read."""
+        rc = check(lib.kmig_msr_get(self.fd, index, self._number), "KVM_GET_MSRS")
+        return int(self._number[0]) if rc else None
+
+    def set_msr(self, index: int, value: int) -> bool:
+        """Write one MSR; False when the kernel refused it."""
+        return check(lib.kmig_msr_set(self.fd, index, value), "KVM_SET_MSRS") == 1
+
     def set_cpuid2(self, entries: Sequence[Value]) -> None:
         """Set what CPUID tells the guest; only before the vCPU first runs (the kernel refuses later changes)."""
         checked = entries if isinstance(entries, CheckedCpuid) else CheckedCpuid(entries, f"vcpu{self.id}.cpuid")
@@ -287,27 +297,24 @@ class Vcpu:
         """Make the guest's TSC count at ``khz``; needs KVM_CAP_TSC_CONTROL when that is not the host's."""
         check(lib.kmig_ioctl_value(self.fd, lib.KVM_SET_TSC_KHZ, khz), "KVM_SET_TSC_KHZ")
 
-    def _tsc_offset(self, request: int, value: int) -> tuple[int, int]:
-        box = ffi.new("__u64 *", value)
-        attr = ffi.new("struct kvm_device_attr *")
-        attr.group, attr.attr = lib.KVM_VCPU_TSC_CTRL, lib.KVM_VCPU_TSC_OFFSET
-        attr.addr = int(ffi.cast("uintptr_t", box))
-        return lib.kmig_ioctl(self.fd, request, attr), int(box[0])
-
     @cached_property
     def has_tsc_offset(self) -> bool:
         """Whether the kernel has the attribute KVM_VCPU_TSC_OFFSET (Linux 5.16)."""
-        return self._tsc_offset(lib.KVM_HAS_DEVICE_ATTR, 0)[0] == 0
+        return bool(lib.kmig_tsc_offset(self.fd, lib.KVM_HAS_DEVICE_ATTR, self._number) == 0)
 
     def get_tsc_offset(self) -> int:
         """Guest TSC minus host TSC, modulo 2**64."""
-        rc, value = self._tsc_offset(lib.KVM_GET_DEVICE_ATTR, 0)
-        check(rc, "KVM_GET_DEVICE_ATTR of the TSC offset")
-        return value
+        check(
+            lib.kmig_tsc_offset(self.fd, lib.KVM_GET_DEVICE_ATTR, self._number), "KVM_GET_DEVICE_ATTR of the TSC offset"
+        )
+        return int(self._number[0])
 
     def set_tsc_offset(self, offset: int) -> None:
         """Set what get_tsc_offset gives. A backend may take it and change nothing: read the TSC back."""
-        check(self._tsc_offset(lib.KVM_SET_DEVICE_ATTR, offset)[0], "KVM_SET_DEVICE_ATTR of the TSC offset")
+        self._number[0] = offset
+        check(
+            lib.kmig_tsc_offset(self.fd, lib.KVM_SET_DEVICE_ATTR, self._number), "KVM_SET_DEVICE_ATTR of the TSC offset"
+        )
 
     def get_nested_state(self, size_bytes: int) -> bytes:
         """The state of nested virtualisation; ``size_bytes`` is what KVM_CAP_NESTED_STATE says."""

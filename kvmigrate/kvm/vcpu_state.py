@@ -131,6 +131,7 @@ class _Loader:
         self.parsed = parsed
         self.base = base
         self.fidelity = Fidelity()
+        self.khz = 0
         self.where = f"vcpu{vcpu.id}"
 
     def load(self) -> Fidelity:
@@ -201,7 +202,7 @@ class _Loader:
 
     def _tsc(self, where: str) -> None:
         """The TSC after the other MSRs, TSC_DEADLINE after the TSC."""
-        off = load_tsc(self.vcpu, self.parsed.tsc, self.base, self.fidelity, where)
+        off = load_tsc(self.vcpu, self.parsed.tsc, self.khz, self.base, self.fidelity, where)
         load_tsc_deadline(self.vcpu, self.parsed.msrs, off, self.fidelity, where)
 
     def _cpuid(self, where: str) -> None:
@@ -237,7 +238,7 @@ class _Loader:
         self.fidelity.compare(where, saved, self.vcpu.get_nested_state(size_bytes))
 
     def _tsc_khz(self, where: str) -> None:
-        load_tsc_khz(self.vcpu, self.parsed.tsc.khz, self.fidelity, where)
+        self.khz = load_tsc_khz(self.vcpu, self.parsed.tsc.khz, self.fidelity, where)
 
 
 ORDER = (

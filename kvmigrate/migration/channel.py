@@ -29,6 +29,7 @@ from ..state.frame import (
 from ..state.section import Section, Value, decode, pack
 from .abort import Abort
 from .apart import Apart
+from .batch import join, split_sections
 from .local import on_this_host
 from .wire import Failed
 from .zerocopy import enable
@@ -150,10 +151,8 @@ class Channel:
 
     def send_payloads(self, frames: Iterable[tuple[FrameKind, bytes]], *, mandatory: bool = True) -> None:
         """Several control frames in one piece."""
-        data = bytearray()
-        for kind, payload in frames:
-            data += encode_frame(kind, payload, self._sent[0], mandatory=mandatory)
-            self._sent[0] += 1
+        data, nr_frames = join(frames, self._sent[0], mandatory=mandatory)
+        self._sent[0] += nr_frames
         self.send_raw(data)
 
     def send_raw(self, data: bytes | bytearray) -> None:
@@ -203,7 +202,13 @@ class Channel:
     def recv_sections(self, nr_frames: int, size_bytes: int) -> list[Section]:
         """The next ``nr_frames``, which must be SECTIONs and take ``size_bytes`` with their headers, both of which the
         caller has checked: read in one piece, since a guest may be waiting."""
-        data = memoryview(self._recv_exact(size_bytes, self._deadline(None), SPIN_US))
+        whole = self._recv_exact(size_bytes, self._deadline(None), SPIN_US)
+        found = split_sections(whole, nr_frames, self._incoming.sequence)
+        if found is not None:
+            self._incoming.sequence += nr_frames
+            return found
+        # One after another, then, to say what is wrong with which.
+        data = memoryview(whole)
         sections: list[Section] = []
         at = 0
         for _ in range(nr_frames):

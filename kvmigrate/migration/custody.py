@@ -36,6 +36,7 @@ class Custody:
         """The source knows the decision: nobody needs the journal or the answers any more."""
         # The decision to run is preceded by a journal that says it has not run: whoever finds that one may say so.
         journal.write(record)
+        journal.expect(Entry.COMMITTED)
 
     @property
     def state(self) -> State:

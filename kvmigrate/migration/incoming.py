@@ -57,6 +57,7 @@ class Incoming:
         self._taken = Offer(())
         self._further = Further(channel, self._allowed_flags)
         self._quiet = ExitStack()
+        self._is_quiet = False
         self._warm_up = WarmUp()
         self._prefault: Prefault | None = None
         self._build_ms = 0.0
@@ -149,7 +150,7 @@ class Incoming:
         answer_check(self._channel, check, sections, self._built().trial(), self._build_ms)
         self._warm_up.done()
         # From here on nothing is started that would inherit this, but for what lifts it first.
-        self._channel.apart.leave_one(self._hello.epoch)
+        self._channel.apart.keep(self._hello.epoch + 1)
         return State.RECEIVING
 
     def _resident(self, frame: Frame) -> State:
@@ -161,7 +162,7 @@ class Incoming:
         self._stop_prefault()
         self._channel.apart.end()
         self._prefault = Prefault(memory, runs)
-        self._channel.apart.leave_one(self._hello.epoch)
+        self._channel.apart.keep(self._hello.epoch + 1)
         return self.state
 
     def _pages(self, frame: Frame) -> State:
@@ -180,19 +181,25 @@ class Incoming:
         round_ = wire.Round.from_payload(frame.payload)
         if not round_.sections:
             self.rounds.append(round_)
-            self._channel.apart.leave_one(self._hello.epoch)
+            self._channel.apart.keep(self._hello.epoch + 1)
+            self._be_quiet()
             self._warm_up.go(self._built())
             # All of the round has been received: the source waits for this before it pauses the guest.
             self._channel.send_payloads([(FrameKind.ROUND, frame.payload)])
             return State.RECEIVING
         self._stop_prefault()
-        self._quiet.enter_context(quiet_interpreter())
+        self._be_quiet()
         sections = self._channel.recv_sections(round_.sections, round_.sections_bytes)
         # What is started in there, such as a device's thread, is the guest's: it would inherit this for good.
         self._channel.apart.end()
         state = self._load(sections)
-        self._channel.apart.leave_one(self._hello.epoch)
+        self._channel.apart.keep(self._hello.epoch + 1)
         return state
+
+    def _be_quiet(self) -> None:
+        if not self._is_quiet:
+            self._quiet.enter_context(quiet_interpreter())
+            self._is_quiet = True
 
     def _load(self, sections: list[Section]) -> State:
         watch = Stopwatch()

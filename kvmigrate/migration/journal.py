@@ -76,6 +76,7 @@ class Journal:
         self._fd = -1
         self._staged: Record | None = None
         self._staged_fd = -1
+        self._next: tuple[Record, bytes] | None = None
 
     def write(self, record: Record) -> None:
         """Put ``record`` in place of what is there, whole or not at all."""
@@ -103,7 +104,7 @@ class Journal:
             self.unstage()
             raise self._refused(error) from None
         self._fd = _replace(self._fd, self._staged_fd)
-        self._record, self._staged, self._staged_fd = self._staged, None, -1
+        self._record, self._staged, self._staged_fd, self._next = self._staged, None, -1, None
 
     def unstage(self) -> None:
         """Forget what is staged. Idempotent."""
@@ -120,14 +121,23 @@ class Journal:
         if not os.fstat(self._fd).st_nlink:
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 
+    def expect(self, state: Entry) -> None:
+        """Have what :meth:`advance` to ``state`` will write ready: it is for the blackout."""
+        if self._record is not None:
+            record = replace(self._record, state=state)
+            self._next = record, _encode(record)
+
     def advance(self, state: Entry) -> None:
         """The same record in another state, in place."""
         if self._record is None:
             return
-        record = replace(self._record, state=state)
+        if self._next is None or self._next[0].state is not state:
+            self.expect(state)
+        assert self._next is not None, "there is a record"
+        record, data = self._next
         try:
             self._require_ours()
-            os.pwrite(self._fd, _encode(record), 0)
+            os.pwrite(self._fd, data, 0)
         except OSError as error:
             raise self._refused(error) from None
         self._record = record
@@ -140,7 +150,7 @@ class Journal:
                 self._require_ours()
             self.path.unlink(missing_ok=True)
         self._fd = _replace(self._fd, -1)
-        self._record = None
+        self._record = self._next = None
 
     def read(self) -> Record | None:
         """What is there, or None. Raises :class:`StreamError` for a file that is no journal."""

@@ -207,7 +207,7 @@ class Source:
 
     def _get_ready(self, channel: Channel) -> None:
         """For the blackout, while the destination does the same."""
-        channel.apart.take_one(self._query.epoch)
+        channel.apart.keep(self._query.epoch)
         self._warm_up.go(self._machine)
 
     def _after_round(self, record: RoundRecord, decision: Decision) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from typing import Any
 
 import msgpack
@@ -92,11 +93,17 @@ def unpack(data: bytes | memoryview, what: str) -> Value:
 
 def encode(section: Section) -> bytes:
     """The payload of a SECTION frame."""
+    return _head(section.name, section.version) + section.packed
+
+
+@lru_cache(256)
+def _head(name: str, version: int) -> bytes:
+    """A section as far as its body."""
     packer = msgpack.Packer(use_bin_type=True, autoreset=False, buf_size=_HEAD_BYTES)
     packer.pack_map_header(3)
-    for item in ("name", section.name, "version", section.version, "body"):
+    for item in ("name", name, "version", version, "body"):
         packer.pack(item)
-    return bytes(packer.bytes() + section.packed)
+    return bytes(packer.bytes())
 
 
 def decode(data: bytes | memoryview, *, whole: bool = False) -> Section:

@@ -24,5 +24,12 @@ struct kmig_outcome {
 // Make all of them, in order, whatever comes of each. The outcomes are those of the items, all zero before.
 void kmig_steps_run(int fd, char *memory, const struct kmig_step *step, uint32_t nr_steps, struct kmig_outcome *outcomes);
 
+// One MSR of a vCPU. Returns 1, or 0 where it cannot be read or does not take the value.
+int kmig_msr_get(int fd, uint32_t index, uint64_t *value);
+int kmig_msr_set(int fd, uint32_t index, uint64_t value);
+
+// KVM_GET_, KVM_SET_ or KVM_HAS_DEVICE_ATTR of a vCPU's TSC offset.
+int kmig_tsc_offset(int fd, unsigned long request, uint64_t *offset);
+
 // The host's time stamp counter now.
 uint64_t kmig_host_tsc(void);
