@@ -5,7 +5,7 @@ The tests run both against a fake machine that has memory and a dirty log but no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import StrEnum
 from typing import Protocol
 
@@ -75,6 +75,10 @@ class Migratable(Protocol):
         """The state of every part but RAM. The machine must be paused; saving may write guest memory."""
         ...
 
+    def save_parts(self) -> Iterator[Sequence[Section]]:
+        """The same in two parts, each saved when it is asked for: the first can be loaded while the second is saved."""
+        ...
+
     def sample(self) -> tuple[Sequence[Section], float]:
         """The sections of :meth:`save` from a guest that goes on, for :class:`Trial`, and for how many milliseconds it
         was held up in the longest of the pauses which that takes. Not all values are of the same moment. The guest may
@@ -87,8 +91,9 @@ class Migratable(Protocol):
         not run."""
         ...
 
-    def load(self, sections: Sequence[Section]) -> Fidelity:
-        """Set the state of every part, read all of it back and compare. Never runs a vCPU.
+    def load(self, sections: Sequence[Section], *, more: bool = False) -> Fidelity:
+        """Set the state of every part, read all of it back and compare. Never runs a vCPU. With ``more`` they are the
+        first of two parts: the result of the second tells of both.
 
         Raises :class:`StreamError` for a section that is missing, unknown or wrong. Refused items are in the
         result, for the caller to judge with :meth:`Fidelity.require`.

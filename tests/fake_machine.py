@@ -10,7 +10,7 @@ import random
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from kvmigrate.config import PAGE_BYTES, MemoryBackend
@@ -60,6 +60,7 @@ class FakeMachine:
         self.nr_resumes = 0
         self.nr_pauses = 0
         self.nr_samples = 0
+        self._first_part: Sequence[Section] = ()
         self.trials: list[FakeTrial] = []
         self.prepare_trial: Callable[[FakeTrial], None] = lambda _: None
         self.ran: list[tuple[float, float]] = []
@@ -144,6 +145,11 @@ class FakeMachine:
             self.memory.write(PAGE_BYTES, b"completed while saving")
         return [Section(name, 1, dict(body)) for name, body in sorted(self.state.items())]
 
+    def save_parts(self) -> Iterator[Sequence[Section]]:
+        sections = self.save()
+        yield sections[:1]
+        yield sections[1:]
+
     def sample(self) -> tuple[Sequence[Section], float]:
         self.faults.hit("sample")
         self.nr_samples += 1
@@ -154,9 +160,12 @@ class FakeMachine:
         self.prepare_trial(self.trials[-1])
         return self.trials[-1]
 
-    def load(self, sections: Sequence[Section]) -> Fidelity:
+    def load(self, sections: Sequence[Section], *, more: bool = False) -> Fidelity:
+        if more:
+            self._first_part = sections
+            return Fidelity()
         self.faults.hit("load")
-        fidelity = self.set_state(sections)
+        fidelity = self.set_state([*self._first_part, *sections])
         if self.faults.refuse:
             fidelity.refused(self.faults.refuse, 1, 2, "the host took the value and holds another")
         return fidelity

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 from ..config import ClockPolicy, HostSide, MachineConfig
@@ -30,7 +30,7 @@ from .rehearsal import go_through, rehearse, warm_up
 from .reset import Boot, PowerOn, pending_section, take_pending
 from .runstate import RunStateBox
 from .sampling import Sampler
-from .sections import load_sections, save_sections
+from .sections import load_devices, load_kernel, load_sections, save_devices, save_kernel
 
 _RESETTABLE = frozenset({RunState.RUNNING, RunState.PAUSED, RunState.PRELAUNCH})
 
@@ -61,6 +61,7 @@ class Machine:
         self._guard = threading.Lock()
         self._ending = threading.Lock()
         self._pending_reset: GuestEnd | None = None
+        self._begun: Fidelity | None = None
         self._resetter: threading.Thread | None = None
         self._closed = False
         self.on_end: Callable[[GuestEnd], None] = lambda _: None
@@ -291,8 +292,13 @@ class Machine:
 
     def save(self) -> list[Section]:
         """See :meth:`Migratable.save`."""
-        sections = save_sections(self.platform)
-        return sections if self._pending_reset is None else [*sections, pending_section()]
+        return [section for part in self.save_parts() for section in part]
+
+    def save_parts(self) -> Iterator[list[Section]]:
+        """See :meth:`Migratable.save_parts`."""
+        yield save_kernel(self.platform)
+        devices = save_devices(self.platform)
+        yield devices if self._pending_reset is None else [*devices, pending_section()]
 
     def sample(self) -> tuple[list[Section], float]:
         """See :meth:`Migratable.sample`."""
@@ -306,13 +312,21 @@ class Machine:
         """See :meth:`Migratable.trial`."""
         return OwnTrial(self.platform)
 
-    def load(self, sections: Sequence[Section]) -> Fidelity:
+    def load(self, sections: Sequence[Section], *, more: bool = False) -> Fidelity:
         """See :meth:`Migratable.load`. Raises :class:`ConfigError` when another VM has one of the disks."""
+        count_downtime = self._clock is ClockPolicy.HOST
+        if more:
+            self._begun = load_kernel(self.platform, sections, count_downtime=count_downtime)
+            return self._begun
         # Before READY is said, and so before COMMIT: the source gave the disks up when it paused, and can still go on
         # when we do not get them.
         self.platform.virtio.lock()
         pending, others = take_pending(sections)
-        fidelity = load_sections(self.platform, others, count_downtime=self._clock is ClockPolicy.HOST)
+        fidelity = self._begun
+        if fidelity is None:
+            fidelity = load_sections(self.platform, others, count_downtime=count_downtime)
+        else:
+            load_devices(self.platform, others, fidelity)
         self._pending_reset = pending
         return fidelity
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from ..devices.bus import Device
@@ -18,7 +18,11 @@ VERSION = 1
 
 def section_names(platform: Platform) -> list[str]:
     """The sections of a machine, in the order in which they are saved."""
-    return ["vm", *_vcpu_names(platform), *platform.devices]
+    return [*_kernel_names(platform), *platform.devices]
+
+
+def _kernel_names(platform: Platform) -> list[str]:
+    return ["vm", *_vcpu_names(platform)]
 
 
 def _vcpu_names(platform: Platform) -> list[str]:
@@ -26,15 +30,20 @@ def _vcpu_names(platform: Platform) -> list[str]:
 
 
 def save_sections(platform: Platform) -> list[Section]:
-    """The state of everything but RAM. The machine is paused, its devices too. Raises :class:`HostError`.
+    """The state of everything but RAM: the kernel's, and then that of the devices. Raises :class:`HostError`."""
+    return [*save_kernel(platform), *save_devices(platform)]
 
-    Devices come after the kernel's state: what they still had to say to the interrupt chips was said when they were
-    paused. They may write guest memory, so the last sync of the dirty log comes after this.
-    """
+
+def save_kernel(platform: Platform) -> list[Section]:
+    """The state that the kernel keeps. The machine is paused, its devices too: what they still had to say to the
+    interrupt chips was said by that. Raises :class:`HostError`."""
     vm, vcpus = pack_state(platform.vm)
-    names = ("vm", *_vcpu_names(platform))
-    sections = [Section(name, VERSION, body) for name, body in zip(names, (vm, *vcpus), strict=True)]
-    return sections + [device.section() for device in platform.devices.values()]
+    return [Section(name, VERSION, body) for name, body in zip(_kernel_names(platform), (vm, *vcpus), strict=True)]
+
+
+def save_devices(platform: Platform) -> list[Section]:
+    """The state of the devices. They may write guest memory, so the last sync of the dirty log comes after this."""
+    return [device.section() for device in platform.devices.values()]
 
 
 def load_sections(platform: Platform, sections: Sequence[Section], *, count_downtime: bool = False) -> Fidelity:
@@ -45,11 +54,29 @@ def load_sections(platform: Platform, sections: Sequence[Section], *, count_down
     a line did to the chips (Firecracker #5882).
     """
     found = by_name(sections)
-    _check_names(platform, found)
+    _check_names(section_names(platform), found)
     fidelity = _load_kernel(platform, found, count_downtime)
+    _load_devices(platform, found, fidelity)
+    return fidelity
+
+
+def load_kernel(platform: Platform, sections: Sequence[Section], *, count_downtime: bool = False) -> Fidelity:
+    """The first part of :func:`load_sections`, with what :func:`save_kernel` gave."""
+    found = by_name(sections)
+    _check_names(_kernel_names(platform), found)
+    return _load_kernel(platform, found, count_downtime)
+
+
+def load_devices(platform: Platform, sections: Sequence[Section], fidelity: Fidelity) -> None:
+    """The second part, with what :func:`save_devices` gave; ``fidelity`` of the first is completed."""
+    found = by_name(sections)
+    _check_names(platform.devices, found)
+    _load_devices(platform, found, fidelity)
+
+
+def _load_devices(platform: Platform, found: Mapping[str, Section], fidelity: Fidelity) -> None:
     for name, device in platform.devices.items():
         _load_device(device, found[name], fidelity)
-    return fidelity
 
 
 def _load_device(device: Device, section: Section, fidelity: Fidelity) -> None:
@@ -63,7 +90,7 @@ def _load_device(device: Device, section: Section, fidelity: Fidelity) -> None:
 
 def _load_kernel(platform: Platform, found: Mapping[str, Section], count_downtime: bool) -> Fidelity:
     vcpu_names = _vcpu_names(platform)
-    for name in ("vm", *vcpu_names):
+    for name in _kernel_names(platform):
         require_version(found[name], VERSION)
     # CPUID never changes and is in the description already, where it travels before the guest has to wait.
     bodies = [found[name].packed for name in vcpu_names]
@@ -77,9 +104,9 @@ def try_sections(platform: Platform, sections: Sequence[Section], without: Conta
     found = by_name(sections)
     fidelity = Fidelity()
     with refusing(fidelity, "sections"):
-        _check_names(platform, found)
+        _check_names(section_names(platform), found)
     with refusing(fidelity, "vcpus"):
-        if {"vm", *_vcpu_names(platform)} <= found.keys():
+        if {*_kernel_names(platform)} <= found.keys():
             fidelity.merge(_load_kernel(platform, found, False))
     for name in platform.devices.keys() & found.keys():
         if name not in without:
@@ -110,8 +137,8 @@ def refusing(fidelity: Fidelity, item: str) -> Iterator[None]:
         fidelity.refused(item, None, None, str(error))
 
 
-def _check_names(platform: Platform, found: dict[str, Section]) -> None:
-    wanted = set(section_names(platform))
+def _check_names(names: Iterable[str], found: Mapping[str, Section]) -> None:
+    wanted = set(names)
     for name in sorted(wanted - found.keys()):
         raise BadField(f"section {name} is missing")
     for name in sorted(found.keys() - wanted):

@@ -17,7 +17,8 @@ _LIMITS = ffi.new("struct kmig_plain_limits *", [section.MAX_STR_BYTES, section.
 def join(frames: Iterable[tuple[FrameKind, bytes]], sequence: int, *, mandatory: bool = True) -> tuple[bytearray, int]:
     """``frames``, numbered from ``sequence`` on, as bytes, and how many they are. Raises :class:`TooLarge`."""
     flags = FLAG_MANDATORY if mandatory else 0
-    pieces, heads = [], []
+    pieces: list[bytes] = []
+    heads: list[tuple[int, int, int, int]] = []
     for kind, payload in frames:
         if len(payload) > MAX_PAYLOAD_BYTES:
             raise TooLarge(f"a {kind.name} frame of {len(payload)} bytes is over the limit of {MAX_PAYLOAD_BYTES}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 
 from ..config import MigrationParameters
@@ -13,7 +13,7 @@ from ..precopy.ledger import Downtime
 from ..precopy.rounds import PreCopy
 from ..record import dataclass, replace
 from ..state.frame import HEADER, FrameKind, check_payload, decode_header, encode_frame
-from ..state.section import encode, pack
+from ..state.section import Section, encode, pack
 from . import wire
 from .blackout import Stopwatch
 from .channel import Channel, expect, unexpected
@@ -67,14 +67,13 @@ def switch_over(
     machine.pause(RunState.FINISH_MIGRATE)
     stop = watch.lap()
     refuse_ended(machine)
-    payloads = [encode(section) for section in machine.save()]
+    # The state goes first, so that the destination loads it while the last pages travel; and of that what the kernel
+    # keeps, whose load takes longest, while the devices are saved.
+    parts = machine.save_parts()
+    round_ = wire.Round(len(precopy.records), sink.pages_sent, 0, 0, more=True)
+    _send_state(channel, round_, next(parts))
+    _send_state(channel, replace(round_, more=False), next(parts))
     state = watch.lap()
-    # Sections go first, so that the destination loads them while the last pages travel.
-    size_bytes = sum(HEADER.size + len(payload) for payload in payloads)
-    marker = wire.Round(len(precopy.records), sink.pages_sent, 0, 0, len(payloads), size_bytes)
-    sections = [(FrameKind.SECTION, payload) for payload in payloads]
-    channel.send_payloads([(FrameKind.ROUND, marker.to_payload()), *sections])
-    watch.lap()
     # Saving may write guest memory (a device completes what is under way): the last sync comes after it.
     precopy.last_round()
     last_pages = watch.lap()
@@ -85,6 +84,15 @@ def switch_over(
     if (ready.digest, ready.nr_hashed) != (end.digest, end.nr_hashed):
         raise BadChecksum(f"{channel.peer} holds other pages than were sent ({ready.digest:#x}, here {end.digest:#x})")
     return Switched(watch, stop, state, last_pages, watch.lap(), ready, end.digest)
+
+
+def _send_state(channel: Channel, round_: wire.Round, sections: Sequence[Section]) -> None:
+    payloads = [encode(section) for section in sections]
+    size_bytes = sum(HEADER.size + len(payload) for payload in payloads)
+    round_ = replace(round_, sections=len(payloads), sections_bytes=size_bytes)
+    channel.send_payloads(
+        [(FrameKind.ROUND, round_.to_payload()), *((FrameKind.SECTION, payload) for payload in payloads)]
+    )
 
 
 def commit(channel: Channel, epoch: int, watch: Stopwatch) -> HandedOver | wire.Answer:

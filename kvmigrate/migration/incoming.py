@@ -31,6 +31,7 @@ class State(Enum):
     GREETED = "waiting for CONFIG"
     BUILT = "waiting for CHECK"
     RECEIVING = "receiving pages"
+    PART = "receiving the rest of the state"
     LOADED = "receiving the last pages"
     READY = "waiting for COMMIT"
     COMMITTED = "the guest runs here already"
@@ -189,25 +190,34 @@ class Incoming:
             return State.RECEIVING
         self._stop_prefault()
         self._be_quiet()
+        return self._take_state(round_)
+
+    def _rest(self, frame: Frame) -> State:
+        round_ = wire.Round.from_payload(frame.payload)
+        if not round_.sections or round_.more:
+            raise BadField("ROUND: what comes after the first part of the state is the second one, and the last")
+        return self._take_state(round_)
+
+    def _take_state(self, round_: wire.Round) -> State:
         sections = self._channel.recv_sections(round_.sections, round_.sections_bytes)
         # What is started in there, such as a device's thread, is the guest's: it would inherit this for good.
         self._channel.apart.end()
-        state = self._load(sections)
+        self._load(sections, more=round_.more)
         self._channel.apart.keep(self._hello.epoch + 1)
-        return state
+        return State.PART if round_.more else State.LOADED
 
     def _be_quiet(self) -> None:
         if not self._is_quiet:
             self._quiet.enter_context(quiet_interpreter())
             self._is_quiet = True
 
-    def _load(self, sections: list[Section]) -> State:
+    def _load(self, sections: list[Section], *, more: bool) -> None:
         watch = Stopwatch()
-        self.fidelity = self._built().load(sections)
+        self.fidelity = self._built().load(sections, more=more)
         self.fidelity.require()
-        self._further.loaded()
-        self._load_ms = watch.lap()
-        return State.LOADED
+        if not more:
+            self._further.loaded()
+        self._load_ms += watch.lap()
 
     def _end(self, frame: Frame) -> State:
         watch = Stopwatch()
@@ -254,6 +264,7 @@ STEPS: Mapping[tuple[State, int], Callable[[Incoming, Frame], State]] = {
     (State.RECEIVING, FrameKind.OFFER): Incoming._offer,
     (State.RECEIVING, FrameKind.PAGES): Incoming._pages,
     (State.RECEIVING, FrameKind.ROUND): Incoming._round,
+    (State.PART, FrameKind.ROUND): Incoming._rest,
     (State.LOADED, FrameKind.PAGES): Incoming._pages,
     (State.LOADED, FrameKind.END): Incoming._end,
     (State.READY, FrameKind.COMMIT): Incoming._commit,

@@ -56,12 +56,11 @@ from .handover import (
 from .joining import CONNECTIONS, dial, open_further
 from .journal import Entry, Journal, Record, Role
 from .pages import announce_resident
+from .parting import part, reason_of
 from .sink import StreamSink
 from .status import MigrationResult, Observer, Silence, Status
 from .zerocopy import References, require_possible
 
-LAST_WORD_MS = 300.0
-"""How long a failed connection is listened to for the other side's reason."""
 DISKS_FREE_S = 2.0
 """How long a guest that goes on here waits for its destination to let the disks go."""
 
@@ -170,6 +169,7 @@ class Source:
 
     def _features(self) -> Iterator[str]:
         yield CHECK
+        yield wire.PARTS
         if self._parameters.compression.may_pack:
             yield "zstd"
         if self._parameters.connections != 1:
@@ -316,8 +316,8 @@ class Source:
             # The destination has locked them for itself, and hears only below that the guest stays here.
             waits_for_disks = True
         finally:
-            reason = self._reason(error)
-            self._part(reason)
+            reason = reason_of(error, self._channel, self._resolution)
+            part(self._channel, reason)
             self._stop_log()
             self._journal.unstage()
             self._fail(reason)
@@ -346,27 +346,6 @@ class Source:
             self._machine.resume()
         else:
             self._machine.pause(RunState.PAUSED)
-
-    def _reason(self, error: BaseException) -> BaseException:
-        """What the destination gave as its reason, when all we saw ourselves is a connection that died."""
-        if self._channel is None or not isinstance(error, ChannelError):
-            return error
-        try:
-            self._channel.abort = self._resolution
-            expect(self._channel, FrameKind.FAILED, LAST_WORD_MS)
-        except PeerFailed as told:
-            return told
-        except KvmigrateError:
-            pass
-        return error
-
-    def _part(self, error: BaseException) -> None:
-        if self._channel is None:
-            return
-        if isinstance(error, PeerFailed | ChannelError):
-            self._channel.close()
-        else:
-            self._channel.close_with(FrameKind.FAILED, wire.Failed.of(error).to_value())
 
     def _fail(self, error: BaseException) -> None:
         self._result = replace(self.query(), error=wire.Failed.of(error).text, total_ms=self._elapsed_ms(), parts=None)

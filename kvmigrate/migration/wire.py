@@ -14,8 +14,10 @@ integers are at most 64 bits wide, times are microseconds on the clock of the si
       | OFFER{features} -----------------------------> |   optional (migration/delta.py), answered by OFFER
       | PAGES … ROUND{round,…}  (for every round) ---> |   the guest runs here -----
       | <----------------------------- ROUND, the same |   all of the round has been received
-      | pause, save                                    |
-      | ROUND{…,sections,sections_bytes}, SECTION … -> |   loads and reads back while the last pages travel
+      | pause, save what the kernel keeps              |
+      | ROUND{…,sections,…,more: true}, SECTION … ---> |   loads and reads it back
+      | save the devices                               |
+      | ROUND{…,sections,sections_bytes}, SECTION … -> |   loads and reads them back while the last pages travel
       | sync, PAGES … -------------------------------> |
       | END{pages,bytes,digest,nr_hashed,autostart} -> |   compares what it received
       | <------ READY{digest,nr_hashed,load_us,check_us} |   or FAILED
@@ -34,7 +36,8 @@ The receiver's table. A pair that is not in it is an :class:`UnexpectedFrame` th
     RECEIVING   RESIDENT  RECEIVING
     RECEIVING   OFFER     RECEIVING      once
     RECEIVING   PAGES     RECEIVING
-    RECEIVING   ROUND     RECEIVING      LOADED when it announces sections: with the SECTION frames that it announces
+    RECEIVING   ROUND     RECEIVING      when it announces sections LOADED, or PART when more come after those
+    PART        ROUND     LOADED         with the SECTION frames that it announces
     LOADED      PAGES     LOADED
     LOADED      END       READY
     READY       COMMIT    COMMITTED
@@ -67,8 +70,9 @@ all RAM, which tests take on both sides over a way of their own.
 
 Versions. ``format`` is 1. A source of a later format says so and is refused by number. ``features`` names what this
 stream uses beyond format 1 (``zstd``: PAGES frames may be compressed; ``check`` and ``only-check`` as above;
-``connections``: pages come over further connections too, see ``joining.py``); a destination refuses one that it does
-not know. Frames of an unknown kind are skipped unless their mandatory bit is set; fields that are unknown are refused.
+``connections``: pages come over further connections too, see ``joining.py``; ``parts``: sections come in two);
+a destination refuses one that it does not know. Frames of an unknown kind are skipped unless their mandatory bit is
+set; fields that are unknown are refused.
 """
 
 from __future__ import annotations
@@ -83,7 +87,8 @@ from ..state.frame import FrameKind
 from ..state.section import Fields, Value, pack, unpack
 
 FORMAT = 1
-FEATURES = frozenset({"zstd", "check", "only-check", "connections"})
+PARTS = "parts"
+FEATURES = frozenset({"zstd", "check", "only-check", "connections", PARTS})
 MAX_RESIDENT_RUNS = 4096
 MAX_SECTIONS = 1024
 MAX_SECTIONS_BYTES = 16 << 20
@@ -164,7 +169,7 @@ class Resident:
 @dataclass(frozen=True, slots=True)
 class Round:
     """A round is over. With ``sections`` > 0 the guest is paused, and so many SECTION frames come next, which take
-    ``sections_bytes`` with their headers: they can be read in one piece."""
+    ``sections_bytes`` with their headers: they can be read in one piece. ``more`` of them come in one more ROUND."""
 
     round: int
     pages_sent: int
@@ -172,6 +177,7 @@ class Round:
     bytes_sent: int
     sections: int = 0
     sections_bytes: int = 0
+    more: bool = False
 
     def to_payload(self) -> bytes:
         """The frame\'s payload."""
@@ -184,7 +190,9 @@ class Round:
         number, sent, zero, nr_bytes = (fields.integer(k) for k in ("round", "pages_sent", "pages_zero", "bytes_sent"))
         sections = fields.integer("sections", 0, MAX_SECTIONS)
         sections_bytes = fields.integer("sections_bytes", sections * 32, sections and MAX_SECTIONS_BYTES)
-        round_ = cls(number, sent, zero, nr_bytes, sections, sections_bytes)
+        # A source without the feature ``parts`` has no such field.
+        more = fields.boolean("more") if fields.has("more") else False
+        round_ = cls(number, sent, zero, nr_bytes, sections, sections_bytes, more)
         fields.done()
         return round_
 

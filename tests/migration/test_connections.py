@@ -136,11 +136,11 @@ def test_the_last_pages_lie_over_what_loading_the_state_wrote(
     def slow(machine: FakeMachine) -> None:
         load = machine.load
 
-        def loading(sections: Sequence[Section]) -> Fidelity:
+        def loading(sections: Sequence[Section], *, more: bool = False) -> Fidelity:
             time.sleep(0.2)
             # As KVM does: some of what is loaded has it write to guest memory.
             machine.write(0, b"load" * (nr_pages * PAGE_BYTES // 4))
-            return load(sections)
+            return load(sections, more=more)
 
         machine.load = loading  # type: ignore[method-assign]
 

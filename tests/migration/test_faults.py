@@ -235,11 +235,12 @@ def spoil(machine: FakeMachine, directory: Path) -> Callable[..., object]:
     """A load after which the journal's directory takes no file any more."""
     load = machine.load
 
-    def loaded(sections: object) -> object:
-        for path in directory.iterdir():
+    def loaded(*sections: Any, **named: Any) -> object:
+        for path in directory.glob("*"):
             path.unlink()
-        directory.rmdir()
-        return load(sections)  # type: ignore[arg-type]
+        if directory.exists():
+            directory.rmdir()
+        return load(*sections, **named)
 
     return loaded
 

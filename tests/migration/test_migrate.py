@@ -22,7 +22,7 @@ from tests.fake_machine import MIB, FakeMachine
 from tests.migration.harness import Proxy, Receiving, Watch, check_no_files, check_resumed, migrate
 
 TRIED = ["CHECK", "SECTION", "SECTION"]
-LAST = ["ROUND", "SECTION", "SECTION", "PAGES", "END", "COMMIT", "DONE"]
+LAST = ["ROUND", "SECTION", "ROUND", "SECTION", "PAGES", "END", "COMMIT", "DONE"]
 OUT = ["HELLO", "CONFIG", *TRIED, "PAGES", "ROUND", *LAST]
 BACK = ["HELLO", "ACCEPT", "CHECKED", "ROUND", "READY", "RUNNING"]
 Receive = Callable[..., Receiving]
