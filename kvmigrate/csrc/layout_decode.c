@@ -130,6 +130,18 @@ static uint32_t store_integer(struct reader *in, const struct kmig_field *field,
     return KMIG_MAP_OK;
 }
 
+static uint32_t store_truth(struct reader *in, uint8_t *at)
+{
+    uint8_t tag;
+
+    if (!take_tag(in, &tag))
+        return KMIG_MAP_BROKEN;
+    if (tag != 0xc2 && tag != 0xc3)
+        return KMIG_MAP_TYPE;
+    *at = tag == 0xc3;
+    return KMIG_MAP_OK;
+}
+
 static uint32_t store_bytes(struct reader *in, const struct kmig_field *field, uint8_t *data, uint8_t *at)
 {
     const uint8_t *bytes;
@@ -144,6 +156,8 @@ static uint32_t store_bytes(struct reader *in, const struct kmig_field *field, u
     if (nr_bytes > field->size_bytes || (field->kind == KMIG_FIELD_BYTES && nr_bytes < field->size_bytes))
         return KMIG_MAP_LENGTH;
     memcpy(at, bytes, nr_bytes);
+    if (field->kind == KMIG_FIELD_ROW)
+        memcpy(data + field->length_at, &(uint32_t){(uint32_t)nr_bytes}, sizeof(uint32_t));
     // The length may be one of the bytes' own: then it has to be theirs.
     if (field->kind == KMIG_FIELD_BLOB && kmig_load(data + field->length_at, sizeof(uint32_t)) != nr_bytes)
         return KMIG_MAP_LENGTH;
@@ -189,12 +203,20 @@ static int take_item(struct reader *in, const struct kmig_field *field, uint8_t 
 {
     uint32_t rc;
 
-    if (field->kind == KMIG_FIELD_STRUCT)
+    switch (field->kind) {
+    case KMIG_FIELD_STRUCT:
         return take_struct(in, field->of, at, place, error);
-    if (field->kind == KMIG_FIELD_BYTES || field->kind == KMIG_FIELD_BLOB)
+    case KMIG_FIELD_TRUTH:
+        rc = store_truth(in, at);
+        break;
+    case KMIG_FIELD_BYTES:
+    case KMIG_FIELD_BLOB:
+    case KMIG_FIELD_ROW:
         rc = store_bytes(in, field, data, at);
-    else
+        break;
+    default:
         rc = store_integer(in, field, at);
+    }
     return rc ? fail(error, rc, place) : 0;
 }
 

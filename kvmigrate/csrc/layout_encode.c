@@ -109,7 +109,11 @@ static void put_item(struct writer *out, const struct kmig_field *field, const u
     case KMIG_FIELD_BYTES:
         put_bytes(out, at, size);
         break;
+    case KMIG_FIELD_TRUTH:
+        put_number(out, *at ? 0xc3 : 0xc2, 0, 0);
+        break;
     case KMIG_FIELD_BLOB:
+    case KMIG_FIELD_ROW:
         size = (uint32_t)kmig_load(data + field->length_at, sizeof(uint32_t));
         if (size > field->size_bytes)
             out->rc = -EINVAL;

@@ -19,7 +19,6 @@ enum { DATA, IER, IIR_FCR, LCR, MCR, LSR, MSR, SCR };
 #define FCR_ENABLE KMIG_UART_FIFO_ON
 #define FCR_CLEAR_RX 2
 #define FCR_CLEAR_TX 4
-#define FCR_KEPT 0xC9
 #define LCR_DLAB 0x80
 #define MCR_LOOP KMIG_UART_LOOP
 #define LSR_DR 1
@@ -120,7 +119,7 @@ static void write_ier(struct kmig_uart *uart, uint8_t value)
 {
     bool turned_on = value & ~uart->s.ier & IER_THRE;
 
-    uart->s.ier = value & 0x0F;
+    uart->s.ier = value & KMIG_UART_IER_BITS;
     if (turned_on && kmig_uart_tx_ready(uart))
         uart->s.thre_pending = true;
 }
@@ -138,14 +137,14 @@ static void write_fcr(struct kmig_uart *uart, uint8_t value)
         uart->refused = uart->refused && kmig_uart_nr_waiting(uart);
         kmig_uart_tx_changed(uart, false);
     }
-    s->fcr = value & FCR_ENABLE ? value & FCR_KEPT : 0;
+    s->fcr = value & FCR_ENABLE ? value & KMIG_UART_FCR_BITS : 0;
 }
 
 static void write_mcr(struct kmig_uart *uart, uint8_t value)
 {
     uint8_t before = modem_lines(uart);
 
-    uart->s.mcr = value & 0x1F;
+    uart->s.mcr = value & KMIG_UART_MCR_BITS;
     uint8_t after = modem_lines(uart);
     // The ring indicator tells only its trailing edge.
     uart->s.msr_delta |= ((before ^ after) >> 4 & 0x0B) | (before & ~after & MSR_RI) >> 4;

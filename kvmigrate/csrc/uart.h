@@ -1,4 +1,4 @@
-// What uart.c (the registers) and uart_line.c (the line, the state) share, and what answer.c has of them.
+// What uart.c (the registers), uart_line.c (the line, the state) and uart_map.c (the state in msgpack) share, and what answer.c has of them.
 #ifndef KMIG_UART_H
 #define KMIG_UART_H
 
@@ -44,6 +44,9 @@ static inline uint32_t kmig_uart_rx_room(const struct kmig_uart *uart)
 {
     return (uart->s.fcr & KMIG_UART_FIFO_ON ? KMIG_UART_FIFO_BYTES : 1) - uart->s.nr_rx;
 }
+
+// Become what was checked; not under the lock.
+void kmig_uart_set(struct kmig_uart *uart, const struct kmig_uart_state *state);
 
 // All of these under the lock. Drive the line to `level`; whether it should be high; make it so.
 void kmig_uart_drive(const struct kmig_uart *uart);

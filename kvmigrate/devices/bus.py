@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import bisect
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 
 from ..errors import ConfigError
-from ..state.section import Section, Value, require_version
+from ..state.section import Section, Value, pack, require_version
 
 
 class Device(ABC):
@@ -22,6 +23,8 @@ class Device(ABC):
     """Whether :meth:`sample` may come while vCPUs run."""
     max_access_bytes: int = 1
     """Wider accesses are split into byte accesses, as the bus controller does for an 8-bit ISA device."""
+    item_names: Collection[str] = ()
+    """The keys of :meth:`save`, in order, when they are always the same and none is a map's; or none at all."""
 
     @abstractmethod
     def read(self, offset: int, size: int) -> int:
@@ -34,6 +37,10 @@ class Device(ABC):
     @abstractmethod
     def save(self) -> dict[str, Value]:
         """The body of the device's section. The device must be paused."""
+
+    def packed(self) -> bytes:
+        """The same in msgpack, byte for byte as :func:`pack` makes it."""
+        return pack(self.save())
 
     def sample(self) -> dict[str, Value]:
         """As :meth:`save` of a device that is not paused: good enough for a trial to load. No vCPU may run, unless
@@ -56,7 +63,7 @@ class Device(ABC):
 
     def section(self) -> Section:
         """The saved state as a section."""
-        return Section(self.name, self.version, self.save())
+        return Section(self.name, self.version, self.packed())
 
     def load_section(self, section: Section) -> None:
         """Load a section of this device. Raises ``BadVersion`` or ``BadField``."""

@@ -24,7 +24,7 @@ from typing import Any
 
 from .._core import ffi, lib
 from ..errors import BadField, check
-from ..state.section import Fields, Value
+from ..state.section import Fields, Section, Value, pack, require_version, unpack
 from ..threads import Thread
 from .backends import Backend
 from .bus import Device
@@ -38,9 +38,18 @@ TX_WAIT_S = 0.01
 CLOSE_WAIT_S = 1.0
 
 DATA = 0
-FCR_ENABLE, FCR_KEPT = 1, 0xC9
-_NUMBERS = {"divisor": 0xFFFF, "ier": 0x0F, "fcr": 0xFF, "lcr": 0xFF, "mcr": 0x1F, "msr_delta": 0x0F, "scr": 0xFF}
+FCR_ENABLE, FCR_KEPT = 1, lib.KMIG_UART_FCR_BITS
+_NUMBERS: dict[str, int] = {
+    "divisor": 0xFFFF,
+    "ier": lib.KMIG_UART_IER_BITS,
+    "fcr": 0xFF,
+    "lcr": 0xFF,
+    "mcr": lib.KMIG_UART_MCR_BITS,
+    "msr_delta": lib.KMIG_UART_MSR_DELTA_BITS,
+    "scr": 0xFF,
+}
 _TRUTHS = ("overrun", "thre_pending")
+_MAP = ffi.typeof("char[]")
 
 
 class Serial(Device):
@@ -51,6 +60,7 @@ class Serial(Device):
     """
 
     name = "serial0"
+    item_names = tuple(sorted((*_NUMBERS, *_TRUTHS, "rx", "tx")))
 
     def __init__(self, irq: Callable[[bool], None], backend: Backend) -> None:
         self._irq = irq
@@ -203,31 +213,29 @@ class Serial(Device):
 
     def save(self) -> dict[str, Value]:
         """All registers, both queues; IIR, LSR, MSR's lines and the interrupt's level follow from them."""
-        state = ffi.new("struct kmig_uart_state *")
-        lib.kmig_uart_get(self.handle, state)
-        numbers: dict[str, Value] = {name: int(getattr(state, name)) for name in _NUMBERS}
-        truths: dict[str, Value] = {name: bool(getattr(state, name)) for name in _TRUTHS}
-        rx, tx = bytes(ffi.buffer(state.rx, state.nr_rx)), bytes(ffi.buffer(state.tx, state.nr_tx))
-        return numbers | truths | {"rx": rx, "tx": tx}
+        body: dict[str, Value] = unpack(self.packed(), self.name)
+        return body
+
+    def packed(self) -> bytes:
+        """See :meth:`Device.packed`. The core makes the map of its registers: a guest waits for it, on both sides."""
+        out = ffi.new(_MAP, lib.KMIG_UART_MAP_BYTES)
+        size_bytes = check(lib.kmig_uart_pack(self.handle, out, lib.KMIG_UART_MAP_BYTES), "the UART as msgpack")
+        return bytes(ffi.buffer(out, size_bytes))
 
     def load(self, body: Value) -> None:
         """See :meth:`Device.load`. The interrupt line is driven by :meth:`resume`, not here."""
-        fields = Fields(body, self.name)
-        numbers = {name: fields.integer(name, 0, most) for name, most in _NUMBERS.items()}
-        truths = {name: fields.boolean(name) for name in _TRUTHS}
-        fcr = numbers["fcr"]
-        if fcr & ~FCR_KEPT or (fcr and not fcr & FCR_ENABLE):
-            raise BadField(f"{self.name}: fcr is {fcr:#x}: it keeps bits 0xc9 only, and none without bit 0")
-        rx = fields.blob("rx", FIFO_BYTES if fcr else 1)
-        tx = fields.blob("tx", TX_QUEUE_BYTES)
-        fields.done()
-        if truths["thre_pending"] and tx:
-            raise BadField(f"{self.name}: thre_pending is set while {len(tx)} bytes wait in tx")
-        state = ffi.new("struct kmig_uart_state *", numbers | truths | {"nr_rx": len(rx), "nr_tx": len(tx)})
-        ffi.memmove(state.rx, rx, len(rx))
-        ffi.memmove(state.tx, tx, len(tx))
+        check(self._take(pack(_checked(body, self.name))), "loading the UART")
+
+    def load_section(self, section: Section) -> None:
+        """See :meth:`Device.load_section`. The core takes the map as it came; of one that it does not take,
+        :meth:`load` says what is wrong."""
+        require_version(section, self.version)
+        if self._take(section.packed):
+            self.load(section.body)
+
+    def _take(self, packed: bytes) -> int:
         with self._changed:
-            lib.kmig_uart_set(self.handle, state)
+            return lib.kmig_uart_load(self.handle, packed, len(packed))
 
     def finish(self) -> None:
         """Wait until what waits is sent, for a bounded time, and pause for good.
@@ -241,3 +249,19 @@ class Serial(Device):
 
     def _is_done(self) -> bool:
         return bool(lib.kmig_uart_paused(self.handle)) or not self._nr_waiting()
+
+
+def _checked(body: Value, where: str) -> dict[str, Value]:
+    """``body`` when it is a UART's, by the same rules as csrc/uart_map.c has. Raises :class:`BadField`."""
+    fields = Fields(body, where)
+    numbers = {name: fields.integer(name, 0, most) for name, most in _NUMBERS.items()}
+    truths = {name: fields.boolean(name) for name in _TRUTHS}
+    fcr = numbers["fcr"]
+    if fcr & ~FCR_KEPT or (fcr and not fcr & FCR_ENABLE):
+        raise BadField(f"{where}: fcr is {fcr:#x}: it keeps bits 0xc9 only, and none without bit 0")
+    rx = fields.blob("rx", FIFO_BYTES if fcr else 1)
+    tx = fields.blob("tx", TX_QUEUE_BYTES)
+    fields.done()
+    if truths["thre_pending"] and tx:
+        raise BadField(f"{where}: thre_pending is set while {len(tx)} bytes wait in tx")
+    return {**numbers, **truths, "rx": rx, "tx": tx}

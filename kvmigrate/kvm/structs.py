@@ -26,8 +26,8 @@ _HEAD_BYTES = 5
 @dataclass(frozen=True, slots=True)
 class Field:
     """One field: its name, a KMIG_FIELD_… as ``kind``, the offset from the struct's begin and the size of one item in
-    bytes, and how many items an array has. ``length_at`` is where a blob's length lies, ``of`` the layout of a
-    nested struct."""
+    bytes, and how many items an array has. ``length_at`` is where a blob's or a row's length lies, ``of`` the layout of
+    a nested struct."""
 
     name: str
     kind: int
@@ -61,7 +61,7 @@ class Field:
         item = _INTEGER_BYTES
         if self.of is not None:
             item = self.of.most_bytes
-        elif self.kind in (lib.KMIG_FIELD_BYTES, lib.KMIG_FIELD_BLOB):
+        elif self.kind in (lib.KMIG_FIELD_BYTES, lib.KMIG_FIELD_BLOB, lib.KMIG_FIELD_ROW):
             item = _HEAD_BYTES + self.size_bytes
         return 2 * _HEAD_BYTES + len(self.name) + self.nr_items * item
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from enum import StrEnum
 
 from ..errors import RestoreRefused
@@ -98,6 +98,15 @@ class Fidelity:
         """As a value for msgpack and JSON: ``{"counts": …, "items": [[name, verdict, saved, read_back, why], …]}``."""
         items = [[i.name, i.verdict.value, show(i.saved), show(i.read_back), i.why] for i in self._other]
         return {"counts": self.counts(), "items": items}
+
+
+def item_names(body: Mapping[str, Value]) -> list[str]:
+    """What :meth:`Fidelity.compare` calls the items of a map, in its order: those of a map inside have its name too."""
+    names: list[str] = []
+    for key in sorted(body):
+        value = body[key]
+        names += [f"{key}.{name}" for name in item_names(value)] if isinstance(value, dict) else [key]
+    return names
 
 
 def show(value: Value) -> str:

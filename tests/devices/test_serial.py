@@ -13,7 +13,6 @@ from kvmigrate.devices import serial
 from kvmigrate.devices.backends import Backend
 from kvmigrate.devices.bus import PioBus
 from kvmigrate.devices.serial import Serial
-from kvmigrate.errors import BadField
 
 from .conftest import Line, wait_until
 
@@ -302,42 +301,6 @@ def test_reset_goes_back_to_power_on(line: Line) -> None:
     write(line, MCR, 0x1F)
     line.uart.reset()
     assert line.uart.save() == fresh and not line.level
-
-
-GOOD = Serial(lambda level: None, Backend()).save()
-BAD = {
-    "fifo too long": {"rx": b"x" * 17, "fcr": 0x01},
-    "more than one byte without FIFO": {"rx": b"xy", "fcr": 0},
-    "transmit queue too long": {"tx": b"x" * 4097},
-    "trigger without FIFO": {"fcr": 0xC0},
-    "a bit that is not kept": {"fcr": 0x03},
-    "interrupt enable of five bits": {"ier": 0x10},
-    "modem control of six bits": {"mcr": 0x20},
-    "delta of five bits": {"msr_delta": 0x10},
-    "divisor of 17 bits": {"divisor": 0x10000},
-    "negative": {"lcr": -1},
-    "a number for a truth": {"overrun": 1},
-    "a truth for a number": {"scr": True},
-    "text for bytes": {"rx": "x"},
-    "empty transmitter with bytes in it": {"thre_pending": True, "tx": b"x"},
-    "an unknown field": {"parity": 0},
-}
-
-
-@pytest.mark.parametrize("change", BAD.values(), ids=BAD.keys())
-def test_bad_state_is_refused_and_changes_nothing(change: dict[str, object]) -> None:
-    uart = Serial(lambda level: None, Backend())
-    uart.load(GOOD | {"scr": 7})
-    with pytest.raises(BadField, match="serial0"):
-        uart.load(GOOD | change)
-    assert uart.save() == GOOD | {"scr": 7}
-
-
-@pytest.mark.parametrize("key", GOOD)
-def test_a_missing_field_is_refused(key: str) -> None:
-    uart = Serial(lambda level: None, Backend())
-    with pytest.raises(BadField, match=key):
-        uart.load({name: value for name, value in GOOD.items() if name != key})
 
 
 def test_what_waited_is_sent_also_where_the_backend_has_no_thread(line: Line) -> None:

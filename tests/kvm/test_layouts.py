@@ -14,7 +14,7 @@ from kvmigrate._core import ffi, lib
 from kvmigrate.errors import BadField
 from kvmigrate.kvm.structs import Field, Layout, layout
 
-U64, S32, NAMES, BYTES = 8, 4, 3, 5
+U64, S32, NAMES, BYTES, ROW = 8, 4, 3, 5, 16
 INNER = Layout(16, [Field("wide", lib.KMIG_FIELD_UNSIGNED, 0, 8), Field("narrow", lib.KMIG_FIELD_SIGNED, 8, 1)])
 OUTER = Layout(
     128,
@@ -27,6 +27,8 @@ OUTER = Layout(
         Field("blob", lib.KMIG_FIELD_BLOB, 64, 32, length_at=64),
         Field("none", lib.KMIG_FIELD_UNSIGNED, 100, 1, count=0),
         Field("a_name_that_is_longer_than_thirty_one_bytes", lib.KMIG_FIELD_UNSIGNED, 104, 1),
+        Field("truth", lib.KMIG_FIELD_TRUTH, 105, 1),
+        Field("row", lib.KMIG_FIELD_ROW, 112, ROW, length_at=108),
     ],
 )
 LAST = "a_name_that_is_longer_than_thirty_one_bytes"
@@ -44,6 +46,8 @@ values = st.fixed_dictionaries(
         "blob": st.binary(min_size=0, max_size=28).map(lambda data: (len(data) + 4).to_bytes(4, "little") + data),
         "none": st.just([]),
         LAST: st.integers(0, 255),
+        "truth": st.booleans(),
+        "row": st.binary(max_size=ROW),
     }
 ).map(lambda value: {field.name: value[field.name] for field in OUTER.fields})
 
@@ -102,6 +106,8 @@ GOOD: dict[str, Any] = {
     "blob": b"\4\0\0\0",
     "none": [],
     LAST: 0,
+    "truth": True,
+    "row": b"abc",
 }
 
 
@@ -124,6 +130,9 @@ GOOD: dict[str, Any] = {
         ({"inner": [{"wide": 1, "narrow": 1, "more": 1}] * 2}, r"here\.inner\[0\]: unknown field 'more'"),
         ({"blob": b"\5\0\0\0"}, r"here\.blob: the wrong length"),
         ({"blob": b"\41\0\0\0" + bytes(29)}, r"here\.blob: the wrong length"),
+        ({"truth": 1}, r"here\.truth: a value of the wrong type"),
+        ({"row": bytes(ROW + 1)}, r"here\.row: the wrong length"),
+        ({"row": "abc"}, r"here\.row: a value of the wrong type"),
         ({"none": [1]}, r"here\.none: the wrong length"),
         ({"extra": 1}, r"here: unknown field 'extra'"),
         ({3: 1}, r"here: unknown field ''"),
@@ -145,6 +154,13 @@ def test_a_key_that_comes_twice_is_refused() -> None:
 def test_a_blob_that_says_it_is_longer_than_its_room_is_not_written() -> None:
     data = bytearray(decoded(msgpack.packb(GOOD)))
     data[64:68] = (33).to_bytes(4, "little")
+    assert lib.kmig_layout_encode(OUTER.handle, ffi.from_buffer(data), ffi.new("char[]", 4096), 4096) < 0
+
+
+def test_a_rows_length_lies_apart_from_its_bytes() -> None:
+    data = bytearray(decoded(msgpack.packb(GOOD)))
+    assert data[108:] == (3).to_bytes(4, "little") + b"abc" + bytes(ROW - 3)
+    data[108] = ROW + 1
     assert lib.kmig_layout_encode(OUTER.handle, ffi.from_buffer(data), ffi.new("char[]", 4096), 4096) < 0
 
 

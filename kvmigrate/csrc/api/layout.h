@@ -6,13 +6,15 @@ enum {
     KMIG_FIELD_BYTES,          // size_bytes of them, always
     KMIG_FIELD_BLOB,           // up to size_bytes: as many as the __u32 at length_at says
     KMIG_FIELD_STRUCT,
+    KMIG_FIELD_TRUTH,          // one byte, 0 or 1: a boolean
+    KMIG_FIELD_ROW,            // as a blob, but the __u32 lies apart from the bytes and is written with them
 };
 
 struct kmig_field {
     const char *name;          // without a zero at its end
     const struct kmig_layout *of; // of a KMIG_FIELD_STRUCT
     uint32_t kind;
-    uint32_t offset;           // of it, and of the length of a blob, from the struct's begin
+    uint32_t offset;           // of it, and of the length of a blob or row, from the struct's begin
     uint32_t length_at;
     uint32_t size_bytes;       // of one item
     uint32_t count;            // how many items: 1 unless it is an array
@@ -45,8 +47,8 @@ struct kmig_map_error {
     char where[160];           // ".cs.base"; a key that is no field's, shortened, where one is unknown
 };
 
-// data as a map in out. Returns its size in bytes, -ENOSPC when room_bytes are too few, -EINVAL for a blob that is
-// longer than it can be.
+// data as a map in out. Returns its size in bytes, -ENOSPC when room_bytes are too few, -EINVAL for a blob or
+// row that is longer than it can be.
 long kmig_layout_encode(const struct kmig_layout *layout, const void *data, void *out, uint64_t room_bytes);
 
 // The map at in, which is hostile, as a struct at data: exactly the layout's keys, in any order, each with a value of

@@ -6,6 +6,13 @@
 #define KMIG_UART_NR_PORTS 8
 #define KMIG_UART_FIFO_BYTES 16
 #define KMIG_UART_TX_BYTES 4096
+#define KMIG_UART_MAP_BYTES 4352       // the most that a state takes in msgpack
+
+// The bits that there are of these registers.
+#define KMIG_UART_IER_BITS 0x0F
+#define KMIG_UART_FCR_BITS 0xC9
+#define KMIG_UART_MCR_BITS 0x1F
+#define KMIG_UART_MSR_DELTA_BITS 0x0F
 
 struct kmig_uart;
 
@@ -20,8 +27,8 @@ struct kmig_uart_state {
     uint8_t scr;
     uint8_t overrun;
     uint8_t thre_pending;
-    uint16_t nr_rx;
-    uint16_t nr_tx;
+    uint32_t nr_rx;
+    uint32_t nr_tx;
     uint8_t rx[KMIG_UART_FIFO_BYTES];
     uint8_t tx[KMIG_UART_TX_BYTES];
 };
@@ -34,10 +41,12 @@ void kmig_uart_destroy(struct kmig_uart *uart);
 void kmig_uart_connect(struct kmig_uart *uart, int vm_fd, uint32_t gsi);
 int kmig_uart_level(struct kmig_uart *uart);
 
-// set is for a paused UART and takes a state that was checked; what waits in it was refused by a back-end. What get gives
-// of a running one can be set too.
+// pack has the same as get, as a msgpack map: returns its size in bytes, or -ENOSPC. load is for a paused UART and takes
+// such a map, which is hostile: returns -EINVAL, with nothing changed, for anything that no UART could be. What waits in
+// it was refused by a back-end. What pack gives of a running one can be loaded too.
 void kmig_uart_get(struct kmig_uart *uart, struct kmig_uart_state *ret);
-void kmig_uart_set(struct kmig_uart *uart, const struct kmig_uart_state *state);
+long kmig_uart_pack(struct kmig_uart *uart, void *out, uint64_t room_bytes);
+int kmig_uart_load(struct kmig_uart *uart, const void *in, uint64_t size_bytes);
 void kmig_uart_reset(struct kmig_uart *uart);
 
 // Paused, it gives and takes nothing on the line. Resuming drives the interrupt line to its level again: an interrupt
