@@ -120,28 +120,69 @@ int kmig_stream_send_some(struct kmig_memory *memory, struct kmig_round *round, 
     return rc;
 }
 
+// Take in a header that was received. Returns 0, -EPROTO or -EBADMSG.
+static int take_header(struct kmig_incoming *in, const struct kmig_frame_header *header)
+{
+    if (!kmig_frame_has_magic(header))
+        return -EPROTO;
+    if (header->header_checksum != kmig_frame_header_checksum(header))
+        return -EBADMSG;
+    if (header->sequence != in->sequence)
+        return -EPROTO;
+    in->sequence++;
+    in->kind = header->kind;
+    in->flags = header->flags;
+    in->length = header->length;
+    in->checksum = header->checksum;
+    in->has_payload = in->frame_flags = in->nr_runs = in->nr_data_pages = 0;
+    kmig_count(&in->bytes_received, sizeof(*header));
+    return 0;
+}
+
 static int recv_header(struct kmig_incoming *in, const struct kmig_link *link)
 {
     struct kmig_frame_header header;
     struct iovec iov = {&header, sizeof(header)};
     int rc = kmig_link_recv(link, &iov, 1);
 
+    return rc ? rc : take_header(in, &header);
+}
+
+// The payload of a control frame whose header was taken in, if there is room for it here.
+static int recv_small_payload(struct kmig_incoming *in, const struct kmig_link *link)
+{
+    struct iovec iov = {in->payload, in->length};
+
+    if (in->length > sizeof(in->payload))
+        return 0;
+    int rc = in->length ? kmig_link_recv(link, &iov, 1) : 0;
+    in->has_payload = rc == 0;
+    return rc;
+}
+
+int kmig_stream_recv_frame(struct kmig_incoming *in, int fd, struct kmig_zerocopy *zerocopy)
+{
+    uint64_t now = kmig_now_ns();
+    const struct kmig_link link = {.fd = fd,
+                                   .abort_fd = in->abort_fd,
+                                   .timeout_ms = in->timeout_ms,
+                                   .zerocopy = zerocopy,
+                                   .until_ns = now + (uint64_t)in->timeout_ms * 1000000,
+                                   .spin_until_ns = now + (uint64_t)in->spin_us * 1000};
+    struct kmig_frame_header header;
+    struct iovec iov = {&header, sizeof(header)};
+
+    if (kmig_aborted(in->abort_fd))
+        return -ECANCELED;
+    int rc = kmig_link_recv(&link, &iov, 1);
     if (rc)
         return rc;
-    if (!kmig_frame_has_magic(&header))
-        return -EPROTO;
-    if (header.header_checksum != kmig_frame_header_checksum(&header))
-        return -EBADMSG;
-    if (header.sequence != in->sequence)
-        return -EPROTO;
-    in->sequence++;
-    in->kind = header.kind;
-    in->flags = header.flags;
-    in->length = header.length;
-    in->checksum = header.checksum;
-    in->frame_flags = in->nr_runs = in->nr_data_pages = 0;
-    kmig_count(&in->bytes_received, sizeof(header));
-    return 0;
+    if (take_header(in, &header)) {
+        memcpy(in->payload, &header, sizeof(header));
+        return 0;
+    }
+    rc = in->kind == FRAME_PAGES ? 0 : recv_small_payload(in, &link);
+    return rc ? rc : 1;
 }
 
 // Behind the table of a frame with delta runs: the sum of their bases, see api/delta.h.
@@ -233,8 +274,11 @@ int kmig_stream_recv_pages(struct kmig_memory *memory, struct kmig_incoming *in,
         int rc = recv_header(in, &link);
         if (rc)
             return rc;
-        if (in->kind != FRAME_PAGES)
-            return 1;
+        if (in->kind != FRAME_PAGES) {
+            link.until_ns = kmig_now_ns() + (uint64_t)in->timeout_ms * 1000000;
+            rc = recv_small_payload(in, &link);
+            return rc ? rc : 1;
+        }
         link.spin_until_ns = 0;
         rc = recv_table(memory, in, &link);
         if (rc)

@@ -176,28 +176,29 @@ class Channel:
         before sleeping, since waking up costs more than the frame is away."""
         deadline = self._deadline(timeout_ms)
         while True:
-            header = decode_header(self._recv_exact(HEADER.size, deadline, SPIN_US if spin else 0))
-            self._count(header)
-            frame = self._recv_body(header, deadline)
+            incoming = self._prepare(deadline, spin)
+            if not self._received(lib.kmig_stream_recv_frame(incoming, self.fd, self._zero_copy)):
+                self._count(decode_header(bytes(ffi.buffer(incoming.payload, HEADER.size))))
+            frame = self._taken(deadline)
             if frame is not None:
                 return frame
 
     def recv_pages(self, memory: GuestMemory, *, spin: bool = False) -> Frame:
         """Write pages into ``memory`` until a frame of another kind comes, and return that; a compressed PAGES frame
         comes back with its table checked (in :attr:`incoming`) and its data unread. ``spin`` as in :meth:`recv`."""
-        incoming = self._incoming
-        incoming.abort_fd = self.abort.fd
-        incoming.timeout_ms = int(self.timeout_ms)
-        incoming.spin_us = SPIN_US if spin else 0
         while True:
-            self._check_incoming(lib.kmig_stream_recv_pages(memory.handle, incoming, self.fd))
-            if incoming.kind == FrameKind.PAGES:
-                return Frame(FrameKind.PAGES)
-            number = incoming.sequence - 1
-            header = FrameHeader(incoming.kind, incoming.flags, incoming.length, incoming.checksum, number)
-            frame = self._recv_body(header, self._deadline(None))
+            deadline = self._deadline(None)
+            self._check_incoming(lib.kmig_stream_recv_pages(memory.handle, self._prepare(deadline, spin), self.fd))
+            frame = self._taken(deadline)
             if frame is not None:
                 return frame
+
+    def _prepare(self, deadline: float, spin: bool) -> Any:
+        incoming = self._incoming
+        incoming.abort_fd = self.abort.fd
+        incoming.timeout_ms = max(int((deadline - time.monotonic()) * 1e3), 0)
+        incoming.spin_us = SPIN_US if spin else 0
+        return incoming
 
     def recv_sections(self, nr_frames: int, size_bytes: int) -> list[Section]:
         """The next ``nr_frames``, which must be SECTIONs and take ``size_bytes`` with their headers, both of which the
@@ -295,15 +296,22 @@ class Channel:
             raise BadField(f"frame {header.sequence} came where frame {due} was due: the stream lost or repeats frames")
         self._incoming.sequence = due + 1
 
-    def _recv_body(self, header: FrameHeader, deadline: float) -> Frame | None:
-        """The payload of a control frame, None for an optional one that is skipped."""
+    def _taken(self, deadline: float) -> Frame | None:
+        """The frame of which C has read the header, and the payload if that is small; None for an optional one that is
+        skipped."""
+        incoming = self._incoming
+        number = incoming.sequence - 1
+        header = FrameHeader(incoming.kind, incoming.flags, incoming.length, incoming.checksum, number)
         known = header.kind in MAX_BYTES
         if header.kind == FrameKind.PAGES or (not known and header.mandatory):
             return Frame(header.kind)
         limit = MAX_BYTES.get(header.kind, MAX_PAYLOAD_BYTES)
         if header.length > limit:
             raise TooLarge(f"a {kind_name(header.kind)} frame of {header.length} bytes is over its limit of {limit}")
-        payload = self._recv_exact(header.length, deadline)
+        if incoming.has_payload:
+            payload = bytes(ffi.buffer(incoming.payload, header.length))
+        else:
+            payload = self._recv_exact(header.length, deadline)
         check_payload(header, payload)
         return Frame(header.kind, payload) if known else None
 
@@ -323,11 +331,16 @@ class Channel:
         left_ms = max(int((deadline - time.monotonic()) * 1e3), 0)
         view = ffi.from_buffer(data)
         rc = lib.kmig_stream_recv(self.fd, view, size_bytes, self.abort.fd, left_ms, spin_us, self._zero_copy)
+        self._received(rc)
+        return bytes(data)
+
+    def _received(self, rc: int) -> int:
+        """As :meth:`check`, but that something could not be received keeps nobody from sending."""
         if rc == -errno.ECANCELED:
             self.abort.check()
         if rc < 0:
             raise _channel_error(rc, self.peer, self.timeout_ms)
-        return bytes(data)
+        return rc
 
     def _wait(self, timeout_ms: float, *others: int) -> bool:
         """Wait until the peer has said something or hung up, or one of ``others`` is readable."""

@@ -15,8 +15,7 @@ integers are at most 64 bits wide, times are microseconds on the clock of the si
       | PAGES … ROUND{round,…}  (for every round) ---> |   the guest runs here -----
       | <----------------------------- ROUND, the same |   all of the round has been received
       | pause, save what the kernel keeps              |
-      | ROUND{…,sections,…,more: true}, SECTION … ---> |   loads and reads it back
-      | save the devices                               |
+      | ROUND{…,sections,…,more: true}, SECTION … ---> |   loads and reads it back; meanwhile the devices are saved
       | ROUND{…,sections,sections_bytes}, SECTION … -> |   loads and reads them back while the last pages travel
       | sync, PAGES … -------------------------------> |
       | END{pages,bytes,digest,nr_hashed,autostart} -> |   compares what it received
@@ -160,16 +159,16 @@ class Resident:
         fields = _fields(payload, FrameKind.RESIDENT)
         runs = fields.sequence("runs", MAX_RESIDENT_RUNS)
         fields.done()
-        for run in runs:
-            if type(run) is not list or len(run) != 2 or {*map(type, run)} != {int} or min(run) < 0:
-                raise BadField("RESIDENT: field 'runs' holds something that is no run of pages")
+        if any(type(run) is not list or len(run) != 2 or {*map(type, run)} != {int} or min(run) < 0 for run in runs):
+            raise BadField("RESIDENT: field 'runs' holds something that is no run of pages")
         return cls(tuple((gfn, nr_pages) for gfn, nr_pages in runs))
 
 
 @dataclass(frozen=True, slots=True)
 class Round:
     """A round is over. With ``sections`` > 0 the guest is paused, and so many SECTION frames come next, which take
-    ``sections_bytes`` with their headers: they can be read in one piece. ``more`` of them come in one more ROUND."""
+    ``sections_bytes`` with their headers: they can be read in one piece. With ``more``, which only sources that say
+    ``parts`` have, the others come in one more ROUND."""
 
     round: int
     pages_sent: int
@@ -190,7 +189,6 @@ class Round:
         number, sent, zero, nr_bytes = (fields.integer(k) for k in ("round", "pages_sent", "pages_zero", "bytes_sent"))
         sections = fields.integer("sections", 0, MAX_SECTIONS)
         sections_bytes = fields.integer("sections_bytes", sections * 32, sections and MAX_SECTIONS_BYTES)
-        # A source without the feature ``parts`` has no such field.
         more = fields.boolean("more") if fields.has("more") else False
         round_ = cls(number, sent, zero, nr_bytes, sections, sections_bytes, more)
         fields.done()

@@ -16,6 +16,8 @@ int kmig_stream_send(int fd, const void *data, uint64_t size_bytes, int abort_fd
 int kmig_stream_recv(int fd, void *data, uint64_t size_bytes, int abort_fd, int64_t timeout_ms, uint64_t spin_us,
                      struct kmig_zerocopy *zerocopy);
 
+enum { KMIG_SMALL_PAYLOAD_BYTES = 4096 };
+
 struct kmig_incoming {
     int abort_fd;
     uint32_t spin_us;          // for the first frame, as kmig_stream_recv has it
@@ -29,13 +31,20 @@ struct kmig_incoming {
     uint64_t bytes_received;
     uint64_t pages_received;
     uint64_t pages_cleared;
+    uint32_t has_payload;      // whether payload holds all of that frame's
+    uint8_t payload[KMIG_SMALL_PAYLOAD_BYTES];
     uint32_t nr_runs;          // of a PAGES frame with flags: its table
     uint32_t nr_data_pages;
     struct kmig_page_run run[KMIG_CHUNK_PAGES];
 };
 
+// Receive one frame, within timeout_ms as a whole. Returns 1 with its header; its payload, which nobody has checked, is
+// read if it is small, but never that of a PAGES frame. Returns 0 when the header is damaged or not the one that is due:
+// then payload begins with it, for who can tell what is wrong. zerocopy as above.
+int kmig_stream_recv_frame(struct kmig_incoming *in, int fd, struct kmig_zerocopy *zerocopy);
+
 // Receive frames: every PAGES frame without flags goes straight into memory (bounds and table checksum checked first).
-// Returns 1 with the header of the first frame that is anything else, its payload still unread; for a PAGES frame with
+// Returns 1 with the first frame that is anything else, read as far as kmig_stream_recv_frame does; of a PAGES frame with
 // flags the table is read and checked, and its data (length in in->length) is still unread.
 // -ESTALE: a delta run builds upon other pages than are here.
 // -EBADMSG: a header or table is damaged; -EPROTO: a wrong magic, sequence or length; -EINVAL: a table that cannot be.
