@@ -26,7 +26,7 @@ from .generation import new_generation_id, write_generation
 from .loading import load_image
 from .own_trial import OwnTrial
 from .platform import Platform
-from .rehearsal import go_through, rehearse, warm_up
+from .rehearsal import load_own, rehearse, saved_own, warm_up
 from .reset import Boot, PowerOn, pending_section, take_pending
 from .runstate import RunStateBox
 from .sampling import Sampler
@@ -62,6 +62,7 @@ class Machine:
         self._ending = threading.Lock()
         self._pending_reset: GuestEnd | None = None
         self._begun: Fidelity | None = None
+        self._own_state: list[bytes] = []
         self._resetter: threading.Thread | None = None
         self._closed = False
         self.on_end: Callable[[GuestEnd], None] = lambda _: None
@@ -286,7 +287,9 @@ class Machine:
         """See :meth:`Migratable.warm_up`."""
         if self.runstate is RunState.INMIGRATE:
             # It has never run, so it can go through its own load: that warms the kernel's side of it too.
-            go_through(self.platform)
+            if not self._own_state:
+                self._own_state = saved_own(self.platform)
+            load_own(self.platform, self._own_state)
         else:
             warm_up()
 
