@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 
@@ -19,6 +20,8 @@ from .channel import Channel, expect, unexpected
 from .sink import StreamSink
 from .status import MigrationResult
 
+WARM_FOR_S = 0.01
+"""How long what was gone through is gone through quickly once more, as a rule: a short round goes by in that time."""
 ENDED = (RunState.SHUTDOWN, RunState.INTERNAL_ERROR)
 
 
@@ -178,6 +181,24 @@ def rehearse() -> None:
         frame = encode_frame(kind, payload, 0)
         check_payload(decode_header(frame[: HEADER.size]), frame[HEADER.size :])
         _PARSERS[kind](payload)
+
+
+class WarmUp:
+    """Has a side do it after a round, unless it has done so a moment ago: where rounds follow each other closely, not
+    after each. A guest that writes goes on writing meanwhile."""
+
+    def __init__(self) -> None:
+        self._cold_at = 0.0
+
+    def go(self, machine: Migratable) -> None:
+        """Do it now, unless it was just done."""
+        if time.monotonic() >= self._cold_at:
+            warm_up(machine)
+            self.done()
+
+    def done(self) -> None:
+        """It was just done, by way of the real thing."""
+        self._cold_at = time.monotonic() + WARM_FOR_S
 
 
 _PARSERS: Mapping[FrameKind, Callable[[bytes], object]] = {

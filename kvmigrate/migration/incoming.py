@@ -19,7 +19,7 @@ from .checks import CHECK
 from .custody import Custody
 from .delta import DELTA, Offer
 from .further import Further
-from .handover import warm_up
+from .handover import WarmUp, warm_up
 from .joining import CONNECTIONS, Join
 from .pages import PAGES_DELTA, PAGES_ZSTD, Decompressor
 from .trying import answer_check, read_description, take_check
@@ -59,6 +59,7 @@ class Incoming:
         self._further = Further(channel, self._allowed_flags)
         self._quiet = ExitStack()
         self._is_quiet = False
+        self._warm_up = WarmUp()
         self._prefault: Prefault | None = None
         self._build_ms = 0.0
         self._load_ms = 0.0
@@ -148,6 +149,7 @@ class Incoming:
     def _check(self, frame: Frame) -> State:
         check, sections = take_check(self._channel, frame)
         answer_check(self._channel, check, sections, self._built().trial(), self._build_ms)
+        self._warm_up.done()
         # From here on nothing is started that would inherit this, but for what lifts it first.
         self._channel.apart.keep(self._hello.epoch + 1)
         return State.RECEIVING
@@ -182,7 +184,7 @@ class Incoming:
             self.rounds.append(round_)
             self._channel.apart.keep(self._hello.epoch + 1)
             self._be_quiet()
-            warm_up(self._built())
+            self._warm_up.go(self._built())
             # All of the round has been received: the source waits for this before it pauses the guest.
             self._channel.send_payloads([(FrameKind.ROUND, frame.payload)])
             # Once more while it pauses and saves the guest, if that was the last round. The first time is the slow one,

@@ -45,13 +45,13 @@ from .handover import (
     ENDED,
     HandedOver,
     Switched,
+    WarmUp,
     bounded,
     commit,
     measured,
     refuse_ended,
     say_done,
     switch_over,
-    warm_up,
 )
 from .joining import CONNECTIONS, dial, open_further
 from .journal import Entry, Journal, Record, Role
@@ -98,6 +98,7 @@ class Source:
         self._sink: StreamSink | None = None
         self._precopy: PreCopy | None = None
         self._result = MigrationResult()
+        self._warm_up = WarmUp()
         self._begin_ns = time.monotonic_ns()
         self._nr_resident = 0
         self._autostart = False
@@ -206,7 +207,7 @@ class Source:
     def _get_ready(self, channel: Channel) -> None:
         """For the blackout, while the destination does the same."""
         channel.apart.keep(self._query.epoch)
-        warm_up(self._machine)
+        self._warm_up.go(self._machine)
 
     def _after_round(self, record: RoundRecord, decision: Decision) -> None:
         self._tell(lambda: self._observer.round_done(record))

@@ -86,8 +86,7 @@ from ..state.frame import FrameKind
 from ..state.section import Fields, Value, pack, unpack
 
 FORMAT = 1
-PARTS = "parts"
-FEATURES = frozenset({"zstd", "check", "only-check", "connections", PARTS})
+FEATURES = frozenset({"zstd", "check", "only-check", "connections", PARTS := "parts"})
 MAX_RESIDENT_RUNS = 4096
 MAX_SECTIONS = 1024
 MAX_SECTIONS_BYTES = 16 << 20
@@ -166,9 +165,8 @@ class Resident:
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """A round is over. With ``sections`` > 0 the guest is paused, and so many SECTION frames come next, which take
-    ``sections_bytes`` with their headers: they can be read in one piece. With ``more``, which only sources that say
-    ``parts`` have, the others come in one more ROUND."""
+    """A round is over. With ``sections`` > 0 the guest is paused, and so many SECTION frames come next, in one piece of
+    ``sections_bytes``; with ``more``, which only sources that say ``parts`` have, others come after one more ROUND."""
 
     round: int
     pages_sent: int
@@ -189,7 +187,7 @@ class Round:
         number, sent, zero, nr_bytes = (fields.integer(k) for k in ("round", "pages_sent", "pages_zero", "bytes_sent"))
         sections = fields.integer("sections", 0, MAX_SECTIONS)
         sections_bytes = fields.integer("sections_bytes", sections * 32, sections and MAX_SECTIONS_BYTES)
-        more = fields.boolean("more") if fields.has("more") else False
+        more = fields.has("more") and fields.boolean("more")
         round_ = cls(number, sent, zero, nr_bytes, sections, sections_bytes, more)
         fields.done()
         return round_

@@ -132,14 +132,33 @@ def test_what_was_just_gone_through_is_not_gone_through_again(monkeypatch: pytes
     machine.close()
 
 
-def test_a_destination_that_has_just_tried_the_state_does_not_warm_up_for_it(
+def test_a_destination_that_has_just_tried_the_state_warms_up_only_while_the_source_pauses(
     tmp_path: Path, source_machine: FakeMachine, receive: Receive, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("kvmigrate.migration.handover.WARM_FOR_S", 60.0)
     receiving = receive()
     assert migrate(source_machine, receiving.address, tmp_path).error is None
     settled(receiving)
-    assert receiving.machine is not None and receiving.machine.warmed_in == []
+    assert receiving.machine is not None and receiving.machine.warmed_in == [RunState.INMIGRATE]
+
+
+def test_a_destination_warms_up_once_it_has_answered_and_the_source_pauses(
+    tmp_path: Path, source_machine: FakeMachine, receive: Receive, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvmigrate.migration.handover.WARM_FOR_S", 60.0)
+    paused = threading.Event()
+    pause = source_machine.pause
+
+    def pausing(reason: RunState = RunState.PAUSED) -> None:
+        pause(reason)
+        paused.set()
+
+    monkeypatch.setattr(source_machine, "pause", pausing)
+    in_time: list[bool] = []
+    receiving = receive(prepare=lambda machine: setattr(machine, "warm_up", lambda: in_time.append(paused.wait(5.0))))
+    assert migrate(source_machine, receiving.address, tmp_path).error is None
+    settled(receiving)
+    assert in_time == [True]
 
 
 def test_a_page_written_while_saving_arrives(tmp_path: Path, source_machine: FakeMachine, receive: Receive) -> None:
