@@ -157,6 +157,8 @@ def test_one_refused_msr_does_not_hide_those_after_it(pair: tuple[TinyVm, TinyVm
     cpu = target.cpu
     assert cpu.set_msrs({0xDEAD: 1, 0xC0000081: 0x10 << 32, 0xDEAE: 1, 0x175: 0x77}) == [0xDEAD, 0xDEAE]
     assert cpu.get_msrs([0xDEAD, 0xC0000081, 0xDEAE, 0x175]) == {0xC0000081: 0x10 << 32, 0x175: 0x77}
+    assert cpu.set_msr(0x175, 0x78) and not cpu.set_msr(0xDEAD, 1)
+    assert (cpu.get_msr(0x175), cpu.get_msr(0xDEAD)) == (0x78, None)
 
 
 def test_a_value_that_the_kernel_refuses_is_named(pair: tuple[TinyVm, TinyVm]) -> None:

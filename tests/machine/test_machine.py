@@ -13,7 +13,7 @@ import pytest
 from kvmigrate.contract import RunState
 from kvmigrate.devices.end import GuestEnd
 from kvmigrate.devices.serial import Serial
-from kvmigrate.errors import ConfigError, HostError, StateError
+from kvmigrate.errors import BadField, ConfigError, HostError, StateError
 from kvmigrate.kvm.vm import Vm
 from kvmigrate.machine.machine import Machine
 from kvmigrate.memory.region import GuestMemory
@@ -50,6 +50,20 @@ def run_to_end(machine: Machine) -> GuestEnd:
     machine.close()
     assert end is not None, "the guest did not end"
     return end
+
+
+def test_the_first_part_of_a_state_is_what_the_kernel_keeps_and_all_of_it(tmp_path: Path) -> None:
+    source, target = (machine_with(tmp_path, HANG) for _ in range(2))
+    kernel, devices = source.save_parts()
+    for wrong in (kernel[:-1], [*kernel, devices[0]], devices):
+        with pytest.raises(BadField, match="section "):
+            target.load(wrong, more=True)
+    first = target.load(kernel, more=True).exact_names()
+    both = target.load(devices).exact_names()
+    assert "vcpu0.regs" in first and "port92" not in first
+    assert {*first, "port92"} <= {*both}
+    source.close()
+    target.close()
 
 
 @pytest.fixture

@@ -45,6 +45,22 @@ def test_a_journal_that_was_replaced_by_a_newer_one_is_neither_changed_nor_remov
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_was_made_ready_is_written_by_its_own_state_only(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, "guest")
+    journal.expect(Entry.COMMITTED)
+    journal.write(RECORD)
+    for ready, state in ((Entry.COMMITTED, Entry.COMMITTED), (Entry.COMMITTED, Entry.RUNNING)):
+        journal.expect(ready)
+        assert journal.read() != replace(RECORD, state=state)
+        journal.advance(state)
+        assert journal.read() == replace(RECORD, state=state)
+    later = replace(RECORD, epoch=8)
+    journal.expect(Entry.DISCARDED)
+    journal.write(later)
+    journal.advance(Entry.DISCARDED)
+    assert journal.read() == replace(later, state=Entry.DISCARDED)
+
+
 def test_a_staged_record_is_not_yet_the_journal(tmp_path: Path) -> None:
     journal = Journal(tmp_path, "guest")
     journal.stage(RECORD)
