@@ -325,7 +325,7 @@ class Machine:
         # when we do not get them.
         self.platform.virtio.lock()
         pending, others = take_pending(sections)
-        fidelity = self._begun
+        fidelity, self._begun = self._begun, None
         if fidelity is None:
             fidelity = load_sections(self.platform, others, count_downtime=count_downtime)
         else:

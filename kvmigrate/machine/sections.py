@@ -144,6 +144,8 @@ def refusing(fidelity: Fidelity, item: str) -> Iterator[None]:
 
 def _check_names(names: Iterable[str], found: Mapping[str, Section]) -> None:
     wanted = set(names)
+    if wanted == found.keys():
+        return
     for name in sorted(wanted - found.keys()):
         raise BadField(f"section {name} is missing")
     for name in sorted(found.keys() - wanted):

@@ -70,9 +70,8 @@ def switch_over(
     # The state goes first, so that the destination loads it while the last pages travel; and of that what the kernel
     # keeps, whose load takes longest, while the devices are saved.
     parts = machine.save_parts()
-    round_ = wire.Round(len(precopy.records), sink.pages_sent, 0, 0, more=True)
-    _send_state(channel, round_, next(parts))
-    _send_state(channel, replace(round_, more=False), next(parts))
+    for more in (True, False):
+        _send_state(channel, next(parts), len(precopy.records), sink.pages_sent, more=more)
     state = watch.lap()
     # Saving may write guest memory (a device completes what is under way): the last sync comes after it.
     precopy.last_round()
@@ -86,13 +85,11 @@ def switch_over(
     return Switched(watch, stop, state, last_pages, watch.lap(), ready, end.digest)
 
 
-def _send_state(channel: Channel, round_: wire.Round, sections: Sequence[Section]) -> None:
-    payloads = [encode(section) for section in sections]
-    size_bytes = sum(HEADER.size + len(payload) for payload in payloads)
-    round_ = replace(round_, sections=len(payloads), sections_bytes=size_bytes)
-    channel.send_payloads(
-        [(FrameKind.ROUND, round_.to_payload()), *((FrameKind.SECTION, payload) for payload in payloads)]
-    )
+def _send_state(channel: Channel, part: Sequence[Section], number: int, pages_sent: int, *, more: bool) -> None:
+    frames = [(FrameKind.SECTION, encode(section)) for section in part]
+    size_bytes = sum(HEADER.size + len(payload) for _, payload in frames)
+    round_ = wire.Round(number, pages_sent, 0, 0, len(frames), size_bytes, more)
+    channel.send_payloads([(FrameKind.ROUND, round_.to_payload()), *frames])
 
 
 def commit(channel: Channel, epoch: int, watch: Stopwatch) -> HandedOver | wire.Answer:

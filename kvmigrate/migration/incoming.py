@@ -58,7 +58,6 @@ class Incoming:
         self._taken = Offer(())
         self._further = Further(channel, self._allowed_flags)
         self._quiet = ExitStack()
-        self._is_quiet = False
         self._warm_up = WarmUp()
         self._prefault: Prefault | None = None
         self._build_ms = 0.0
@@ -183,7 +182,9 @@ class Incoming:
         if not round_.sections:
             self.rounds.append(round_)
             self._channel.apart.keep(self._hello.epoch + 1)
-            self._be_quiet()
+            # Left first, so that garbage is collected once in a round.
+            self._quiet.close()
+            self._quiet.enter_context(quiet_interpreter())
             self._warm_up.go(self._built())
             # All of the round has been received: the source waits for this before it pauses the guest.
             self._channel.send_payloads([(FrameKind.ROUND, frame.payload)])
@@ -192,7 +193,6 @@ class Incoming:
             warm_up(self._built())
             return State.RECEIVING
         self._stop_prefault()
-        self._be_quiet()
         return self._take_state(round_)
 
     def _rest(self, frame: Frame) -> State:
@@ -203,23 +203,20 @@ class Incoming:
 
     def _take_state(self, round_: wire.Round) -> State:
         sections = self._channel.recv_sections(round_.sections, round_.sections_bytes)
+        if round_.more:
+            self._load(sections, more=True)
+            return State.PART
         # What is started in there, such as a device's thread, is the guest's: it would inherit this for good.
         self._channel.apart.end()
-        self._load(sections, more=round_.more)
+        self._load(sections)
+        self._further.loaded()
         self._channel.apart.keep(self._hello.epoch + 1)
-        return State.PART if round_.more else State.LOADED
+        return State.LOADED
 
-    def _be_quiet(self) -> None:
-        if not self._is_quiet:
-            self._quiet.enter_context(quiet_interpreter())
-            self._is_quiet = True
-
-    def _load(self, sections: list[Section], *, more: bool) -> None:
+    def _load(self, sections: list[Section], *, more: bool = False) -> None:
         watch = Stopwatch()
         self.fidelity = self._built().load(sections, more=more)
         self.fidelity.require()
-        if not more:
-            self._further.loaded()
         self._load_ms += watch.lap()
 
     def _end(self, frame: Frame) -> State:

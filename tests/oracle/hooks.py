@@ -7,7 +7,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from kvmigrate.contract import RunState
@@ -23,30 +23,32 @@ LEAVING = (RunState.FINISH_MIGRATE, RunState.SAVE_VM)
 def witness(directory: Path) -> None:
     """Write ``TIME.out.json`` when a guest has been saved at its last stop, ``TIME.in.json`` before it first runs
     elsewhere: its digest, over the test's own channel and never in the stream."""
-    save, resume, digest = Machine.save, Machine.resume, Machine.digest
+    save_parts, resume, digest = Machine.save_parts, Machine.resume, Machine.digest
 
-    def witnessed_save(self: Machine) -> list[Section]:
-        sections = save(self)
+    def witnessed_save(self: Machine) -> Iterator[list[Section]]:
+        parts = save_parts(self)
+        yield (first := next(parts))
+        second = next(parts)
         if self.runstate in LEAVING:
             # The state that leaves, and not a second look at it: the PIT ticks on while the guest stands still.
-            state = {s.name: base64.b64encode(pack(s.body)).decode() for s in sections}
-            with_save(self, save, lambda: _write(directory, "out", digest(self) | {"state": state}))
-        return sections
+            state = {s.name: base64.b64encode(pack(s.body)).decode() for s in (*first, *second)}
+            unwitnessed(self, lambda: _write(directory, "out", digest(self) | {"state": state}))
+        yield second
 
     def witnessed_resume(self: Machine) -> None:
         if self.runstate is RunState.INMIGRATE:
-            with_save(self, save, lambda: _write(directory, "in", digest(self)))
+            unwitnessed(self, lambda: _write(directory, "in", digest(self)))
         resume(self)
 
-    def with_save(self: Machine, plain: Callable[[Machine], list[Section]], work: Callable[[], None]) -> None:
-        """``work`` with ``self.save`` as it was, since a digest saves too."""
-        self.save = lambda: plain(self)  # type: ignore[method-assign]
+    def unwitnessed(self: Machine, work: Callable[[], None]) -> None:
+        """``work`` with a save as it was, since a digest saves too."""
+        self.save_parts = lambda: save_parts(self)  # type: ignore[method-assign]
         try:
             work()
         finally:
-            del self.save
+            del self.save_parts
 
-    Machine.save = witnessed_save  # type: ignore[method-assign]
+    Machine.save_parts = witnessed_save  # type: ignore[method-assign]
     Machine.resume = witnessed_resume  # type: ignore[method-assign]
 
 
