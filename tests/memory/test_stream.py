@@ -6,11 +6,12 @@ import errno
 import random
 import socket
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import zstandard
 
-from kvmigrate._core import lib
+from kvmigrate._core import ffi, lib
 from kvmigrate.config import PAGE_BYTES
 from kvmigrate.memory.dirty import DirtyLog, LogMode
 from kvmigrate.memory.region import GuestMemory
@@ -185,14 +186,47 @@ def test_a_foreign_protocol_is_refused(destination: GuestMemory) -> None:
     assert receive_bytes(destination, b"GET / HTTP/1.1\r\nHost: example\r\n\r\n") == -errno.EPROTO
 
 
-def test_another_frame_is_left_unread(destination: GuestMemory) -> None:
+@pytest.mark.parametrize("payload", [b"", b"payload", b"x" * lib.KMIG_SMALL_PAYLOAD_BYTES])
+@pytest.mark.parametrize("pages_may_come", [True, False])
+def test_another_frame_is_read_as_a_whole_if_it_is_small(
+    destination: GuestMemory, payload: bytes, pages_may_come: bool
+) -> None:
+    incoming = received(destination, encode_frame(FrameKind.ROUND, payload, 0) + b"next", pages_may_come)[0]
+    assert (incoming.kind, incoming.length, incoming.has_payload) == (FrameKind.ROUND, len(payload), 1)
+    assert bytes(ffi.buffer(incoming.payload, len(payload))) == payload
+
+
+@pytest.mark.parametrize("pages_may_come", [True, False])
+def test_another_frame_that_is_large_is_left_unread(destination: GuestMemory, pages_may_come: bool) -> None:
+    payload = b"x" * (lib.KMIG_SMALL_PAYLOAD_BYTES + 1)
+    incoming, left = received(destination, encode_frame(FrameKind.CONFIG, payload, 0), pages_may_come)
+    assert (incoming.kind, incoming.length, incoming.has_payload) == (FrameKind.CONFIG, len(payload), 0)
+    assert left == payload
+
+
+def received(destination: GuestMemory, data: bytes, pages_may_come: bool) -> tuple[Any, bytes]:
+    """What becomes of the frame that ``data`` begins with, and what is left of ``data`` then."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        ours.sendall(encode_frame(FrameKind.ROUND, b"payload", 0))
+        ours.sendall(data)
         incoming = new_incoming()
-        assert lib.kmig_stream_recv_pages(destination.handle, incoming, theirs.fileno()) == 1
-        assert (incoming.kind, incoming.length) == (FrameKind.ROUND, 7)
-        assert theirs.recv(100) == b"payload"
+        if pages_may_come:
+            assert lib.kmig_stream_recv_pages(destination.handle, incoming, theirs.fileno()) == 1
+        else:
+            assert lib.kmig_stream_recv_frame(incoming, theirs.fileno(), ffi.NULL) == 1
+        return incoming, theirs.recv(1 << 16)
+
+
+def test_a_header_that_is_damaged_is_there_to_be_looked_at(destination: GuestMemory) -> None:
+    damaged = bytearray(encode_frame(FrameKind.ROUND, b"payload", 0))
+    damaged[5] ^= 1
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.sendall(damaged)
+        incoming = new_incoming()
+        assert lib.kmig_stream_recv_frame(incoming, theirs.fileno(), ffi.NULL) == 0
+        assert bytes(ffi.buffer(incoming.payload, HEADER.size)) == damaged[: HEADER.size]
+        assert incoming.sequence == 0
 
 
 def test_a_compressed_frame_is_handed_over_with_its_table_checked(destination: GuestMemory) -> None:
