@@ -24,27 +24,26 @@ def job(value: Mapping[str, Any], *, verbose: bool) -> None:
     """Print what is known of a migration or snapshot; nothing when there was none."""
     if value["kind"] == "none":
         return
-    result = value.get("result")
+    result = value.get("result") or {}
     if result and value["kind"] == "check":
         check(value, verbose=verbose)
         return
-    if not result or "rounds" not in result:
-        # What is still to begin, has failed early, or comes in: the rounds of that are told at the source.
-        where = "at" if value["kind"].startswith("incoming") else "to"
-        print(f"{value['kind']} {where} {value['target']}: {value['status']}")
-        if "error" in value:
-            print(f"  {value['error']['desc']}")
-        if verbose and result and result.get("fidelity"):
-            fidelity(result["fidelity"])
-        return
-    rounds(result["rounds"])
+    if "rounds" in result:
+        rounds(result["rounds"])
     if "downtime-parts" in result:
         downtime(result["downtime-parts"])
     if verbose and result.get("fidelity"):
         fidelity(result["fidelity"])
     if "zero-copy" in result:
         print(zero_copy(result["zero-copy"]))
-    print(summary(value))
+    if "rounds" in result and value["status"] == "completed":
+        print(summary(value))
+        return
+    # What is under way, has failed, or comes in: the rounds of that are told at the source.
+    where = "at" if value["kind"].startswith("incoming") else "to"
+    print(f"{value['kind']} {where} {value['target']}: {value['status']}")
+    if "error" in value:
+        print(f"  {value['error']['desc']}")
 
 
 def rounds(records: Sequence[Mapping[str, Any]]) -> None:
@@ -137,4 +136,6 @@ def summary(value: Mapping[str, Any]) -> str:
     total = show.duration(result["total-time"])
     if value["kind"] == "snapshot":
         return f"saved in {value['target']}: {total}, the guest was paused for {show.duration(result['pause-time'])}"
-    return f"moved to {value['target']}: {total}, the guest stood still for {show.duration(result['downtime'])}"
+    # Unknown when the answer to COMMIT was lost, and the destination had to be asked what became of the guest.
+    still = f", the guest stood still for {show.duration(result['downtime'])}" if "downtime" in result else ""
+    return f"moved to {value['target']}: {total}{still}"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from kvmigrate.cli import show
+from kvmigrate.cli import report, show
 from kvmigrate.cli.app import run_command
 
 from .command import Host
@@ -278,3 +278,9 @@ def test_an_address_in_use_is_told(host: Host) -> None:
     assert done.status == 2
     assert "Address already in use" in done.err
     assert host.left_behind == []
+
+
+def test_a_blackout_that_nobody_knows_is_not_told() -> None:
+    """The answer to COMMIT was lost, and the destination, which was asked, has the guest."""
+    value = {"kind": "migration", "target": "tcp://h:1", "result": {"total-time": 1500}}
+    assert report.summary(value) == "moved to tcp://h:1: 1.5 s"

@@ -168,6 +168,19 @@ def test_a_destination_that_dies_costs_nothing_and_the_next_one_gets_the_guest(h
     assert host.left_behind == ["two.journal"]
 
 
+def test_what_failed_after_its_rounds_can_be_asked_for(host: Host) -> None:
+    with busy_guest(host, "one"), waiting(host, "two") as (_, address):
+        never = ("--bandwidth", "20M", "--max-rounds", "2", "--downtime-limit", "1ms")
+        sent = host("send", "one", address, *never)
+        assert sent.status == 2 and "after 2 rounds" in sent.err
+        told = host("query", "one")
+        assert (told.status, told.err) == (0, "")
+        assert f"migration to {address}: failed\n  {sent.err.removeprefix('kvmigrate: ')}" in told.out
+        assert "as asked for" in told.out, "the table of rounds"
+        runs_on(host, "one")
+        host("stop", "one")
+
+
 def test_a_send_is_cancelled_by_the_verb_and_by_ctrl_c(host: Host) -> None:
     with busy_guest(host, "one"):
         for by_verb in (True, False):
