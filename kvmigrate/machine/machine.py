@@ -26,7 +26,7 @@ from .generation import new_generation_id, write_generation
 from .loading import load_image
 from .own_trial import OwnTrial
 from .platform import Platform
-from .rehearsal import load_own, rehearse, saved_own, warm_up
+from .rehearsal import load_own, rehearse, rehearse_load, saved_own, warm_up
 from .reset import Boot, PowerOn, pending_section, take_pending
 from .runstate import RunStateBox
 from .sampling import Sampler
@@ -285,13 +285,15 @@ class Machine:
 
     def warm_up(self) -> None:
         """See :meth:`Migratable.warm_up`."""
-        if self.runstate is RunState.INMIGRATE:
-            # It has never run, so it can go through its own load: that warms the kernel's side of it too.
-            if not self._own_state:
-                self._own_state = saved_own(self.platform)
-            load_own(self.platform, self._own_state)
-        else:
+        if self.runstate is not RunState.INMIGRATE:
             warm_up()
+        elif len(self.platform.vm.vcpus) > 1:
+            # The source would be done with its save before all of them were gone through.
+            rehearse_load()
+        else:
+            # It has never run, so it can go through its own load: that warms the kernel's side of it too.
+            self._own_state = self._own_state or saved_own(self.platform)
+            load_own(self.platform, self._own_state)
 
     def save(self) -> list[Section]:
         """See :meth:`Migratable.save`."""
