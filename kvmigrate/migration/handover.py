@@ -12,9 +12,10 @@ from ..errors import BadChecksum, MigrationError, PeerTimeout
 from ..precopy.ledger import Downtime
 from ..precopy.rounds import PreCopy
 from ..record import dataclass, replace
-from ..state.frame import HEADER, FrameKind, check_payload, decode_header, encode_frame
+from ..state.frame import HEADER, FrameKind
 from ..state.section import Section, encode, pack
 from . import wire
+from .batch import join
 from .blackout import Stopwatch
 from .channel import Channel, expect, unexpected
 from .sink import StreamSink
@@ -175,8 +176,7 @@ def rehearse() -> None:
         (FrameKind.COMMIT, wire.commit_payload(1)),
         (FrameKind.RUNNING, wire.Running(0.0, 0.0, 0.0, {}).to_payload()),
     ):
-        frame = encode_frame(kind, payload, 0)
-        check_payload(decode_header(frame[: HEADER.size]), frame[HEADER.size :])
+        join([(kind, payload)], 0)
         _PARSERS[kind](payload)
 
 
