@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 
+from kvmigrate.errors import HostError
 from kvmigrate.memory.prefault import Prefault
 from kvmigrate.memory.region import GuestMemory
 from kvmigrate.migration import incoming
 from kvmigrate.migration.apart import Apart
 from kvmigrate.migration.pages import ANNOUNCED_PAGES
+from kvmigrate.migration.sink import _pool
 from tests.fake_machine import MIB, FakeMachine
 
 from .harness import Receiving, migrate
@@ -128,3 +130,28 @@ def test_what_touches_memory_ahead_of_the_pages_may_run_everywhere(
     receiving.join()
     assert seen == [ALLOWED]
     machine.close()
+
+
+def test_a_guest_that_goes_on_at_its_source_may_run_everywhere_and_so_may_who_sent_it(
+    tmp_path: Path, source_machine: FakeMachine, receive: Receive, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[set[int]] = []
+    resume = source_machine.resume
+
+    def resuming() -> None:
+        seen.append(os.sched_getaffinity(0))
+        resume()
+
+    monkeypatch.setattr(source_machine, "resume", resuming)
+    refusing = receive(prepare=lambda machine: machine.faults.once.update(load=HostError("KVM_SET_SREGS", 22)))
+    assert migrate(source_machine, refusing.address, tmp_path).error is not None
+    assert seen == [ALLOWED]
+    assert os.sched_getaffinity(0) == ALLOWED
+    assert migrate(source_machine, receive().address, tmp_path).error is None
+    assert os.sched_getaffinity(0) == ALLOWED
+
+
+def test_a_thread_for_pages_that_starts_late_may_run_everywhere() -> None:
+    with _pool(1) as pool:
+        os.sched_setaffinity(0, {min(ALLOWED)})
+        assert pool.submit(os.sched_getaffinity, 0).result() == ALLOWED
