@@ -160,8 +160,8 @@ def one_way_ms(handed_over: HandedOver) -> float:
 
 
 def warm_up(machine: Migratable) -> None:
-    """Go once through what this side does in the blackout, right before it and while the guest still runs: it takes
-    less than half as long then. A millisecond later that is not in the processor's caches any more (measured: 2.4 ms
+    """Go once through what this side does in the blackout, right before it and while the guest still runs: parts
+    of it take half as long then. A millisecond later that is not in the processor's caches any more (measured: 2.4 ms
     from the pause on when the destination did it before its last answer, 1.85 when it did it once more after that)."""
     machine.warm_up()
     rehearse()
