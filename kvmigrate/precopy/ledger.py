@@ -96,8 +96,9 @@ class Totals:
 class Downtime:
     """The blackout in its parts, each in milliseconds on the clock of the side that did it.
 
-    Source: ``stop`` (every vCPU parked), ``state`` (saved, packed and handed to the socket), ``last_pages`` (last sync and last round),
-    ``send`` (what the source's clock saw that no other part explains: frames on their way, both one-way trips).
+    Source: ``stop`` (every vCPU parked), ``state`` (saved, packed and handed to the socket), ``last_pages`` (last sync
+    and last round), ``send`` (what the source's clock saw that no other part explains: frames on their way, both
+    one-way trips).
     Destination: ``load`` (sections set and read back, as far as it was not hidden behind the last pages), ``resume``.
     """
 
