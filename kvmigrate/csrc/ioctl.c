@@ -18,17 +18,22 @@ int kmig_ioctl_value(int fd, unsigned long request, unsigned long arg)
     return kmig_ioctl(fd, request, (void *)arg);
 }
 
-void kmig_steps_run(int fd, char *memory, const struct kmig_step *step, uint32_t nr_steps, struct kmig_outcome *outcomes)
+int kmig_steps_run(int fd, char *memory, const struct kmig_step *step, uint32_t nr_steps, struct kmig_outcome *outcomes)
 {
+    int exact = 1;
+
     for (uint32_t i = 0; i < nr_steps; i++, step++) {
         struct kmig_outcome *outcome = outcomes + step->item;
         int rc = kmig_ioctl(fd, step->request, memory + step->arg);
 
         if (rc < 0 && outcome->rc == 0)
             outcome->rc = rc;
-        if (rc != step->wanted || memcmp(memory + step->held, memory + step->expected, step->expected_bytes) != 0)
+        if (rc != step->wanted || memcmp(memory + step->held, memory + step->expected, step->expected_bytes) != 0) {
             outcome->differs = 1;
+            exact = 0;
+        }
     }
+    return exact;
 }
 
 // KVM's variable list, of one.

@@ -14,13 +14,13 @@ attempt to synchronise (Linux bf328e22e472). The formula is step 6 of Documentat
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 from .._core import lib
+from ..errors import BadField
 from ..record import dataclass, replace
 from ..state.fidelity import Fidelity
-from ..state.section import Fields, Value
-from .vm import Vm
 
 _GOES_ON = "kvmclock goes on from the saved value"
 _MAX_CLOCK_NS = 1 << 62
@@ -54,7 +54,7 @@ class ClockBase:
         keeps the distance of those that had one offset."""
         back = (value - offset - self.saved_host_tsc) % (1 << 64)
         # More than a second is no such lag but an offset that says nothing of the TSC.
-        return replace(self, ahead=max(self.ahead, back)) if back <= tsc_khz * 1000 else self
+        return replace(self, ahead=back) if self.ahead < back <= tsc_khz * 1000 else self
 
 
 def complete(clock: Any) -> int:
@@ -62,59 +62,56 @@ def complete(clock: Any) -> int:
     Returns the host's TSC at that instant."""
     if not clock.flags & lib.KVM_CLOCK_REALTIME:
         clock.realtime = time.time_ns()
+    return host_tsc_of(clock)
+
+
+def host_tsc_of(clock: Any) -> int:
+    """The host's TSC when KVM_GET_CLOCK filled ``clock``: as KVM tells it, or now."""
     return int(clock.host_tsc) if clock.flags & lib.KVM_CLOCK_HOST_TSC else lib.kmig_host_tsc()
-
-
-def _host_tsc(clock: dict[str, Value]) -> int:
-    if clock["flags"] & lib.KVM_CLOCK_HOST_TSC:
-        return int(clock["host_tsc"])
-    return lib.kmig_host_tsc()
 
 
 @dataclass(frozen=True, slots=True)
 class ParsedClock:
-    """A saved clock that was checked: the kernel's fields, and the source's host TSC at that instant in cycles."""
+    """A saved clock that was checked: kvmclock and the real time in ns, and the source's host TSC at that instant in
+    cycles. ``stable`` says whether KVM derived kvmclock from a TSC that all vCPUs have in common."""
 
-    clock: dict[str, Value]
+    clock_ns: int
+    realtime_ns: int
     host_tsc: int
-
-    @property
-    def stable(self) -> bool:
-        """Whether KVM derived kvmclock from a TSC that all vCPUs have in common."""
-        return bool(self.clock["flags"] & lib.KVM_CLOCK_TSC_STABLE)
+    stable: bool
 
 
-def parse_clock(clock: dict[str, Value], host_tsc: int, where: str) -> ParsedClock:
-    """Check a saved clock, which is hostile, but of the right fields and types. Raises :class:`BadField`."""
-    fields = Fields(clock, where)
-    fields.integer("clock", 0, _MAX_CLOCK_NS)
-    fields.integer("flags", 0, _FLAGS)
-    return ParsedClock(clock, host_tsc)
+def parse_clock(clock: Any, host_tsc: int, where: str) -> ParsedClock:
+    """Check a saved ``struct kvm_clock_data *``, which is hostile. Raises :class:`BadField`."""
+    clock_ns, flags = int(clock.clock), int(clock.flags)
+    if clock_ns > _MAX_CLOCK_NS or flags > _FLAGS:
+        raise BadField(f"{where}: clock is {clock_ns} and flags {flags:#x}, which no KVM has")
+    return ParsedClock(clock_ns, int(clock.realtime), host_tsc, bool(flags & lib.KVM_CLOCK_TSC_STABLE))
 
 
-def load_clock(vm: Vm, saved: ParsedClock, fidelity: Fidelity, *, count_downtime: bool = False) -> ClockBase:
-    """Set kvmclock and take the base for every vCPU's TSC. Before any vCPU's state, and before any runs.
+def load_clock(
+    set_clock: Callable[[int], Any], saved: ParsedClock, fidelity: Fidelity, *, count_downtime: bool = False
+) -> ClockBase:
+    """Set kvmclock and take the base for every vCPU's TSC. Before any vCPU's state, and before any runs. ``set_clock``
+    sets it to so many ns and returns what it then is, a ``struct kvm_clock_data *``.
 
     ``count_downtime`` adds the time since the save as the real-time clocks tell it; where they do not tell, that is
     refused. It is added here and not by KVM_SET_CLOCK, which knows KVM_CLOCK_REALTIME since Linux 5.16 only."""
-    clock = saved.clock
-    away_ns = _away_ns(clock, fidelity) if count_downtime else 0
-    wanted_ns = clock["clock"] + away_ns
-    vm.set_clock(clock | {"clock": wanted_ns, "flags": 0, "realtime": 0, "host_tsc": 0})
-    now = vm.get_clock()
-    host_tsc = _host_tsc(now)
-    _judge(clock["clock"], wanted_ns, now["clock"], fidelity)
-    return ClockBase(clock["clock"], saved.host_tsc, now["clock"], host_tsc)
+    wanted_ns = saved.clock_ns + (_away_ns(saved, fidelity) if count_downtime else 0)
+    now = set_clock(wanted_ns)
+    now_ns, host_tsc = int(now.clock), host_tsc_of(now)
+    _judge(saved.clock_ns, wanted_ns, now_ns, fidelity)
+    return ClockBase(saved.clock_ns, saved.host_tsc, now_ns, host_tsc)
 
 
-def _away_ns(clock: dict[str, Value], fidelity: Fidelity) -> int:
+def _away_ns(clock: ParsedClock, fidelity: Fidelity) -> int:
     """How long ago the save was, as this host's real-time clock tells."""
-    saved_ns, here_ns = clock["realtime"], time.time_ns()
+    saved_ns, here_ns = clock.realtime_ns, time.time_ns()
     if not saved_ns:
         fidelity.refused("clock.realtime", None, here_ns, "the save has no real time to count from: --clock continue")
     elif here_ns < saved_ns:
         fidelity.refused("clock.realtime", saved_ns, here_ns, "this host's clock is behind the save: --clock continue")
-    elif clock["clock"] + here_ns - saved_ns > _MAX_CLOCK_NS:
+    elif clock.clock_ns + here_ns - saved_ns > _MAX_CLOCK_NS:
         fidelity.refused("clock.realtime", saved_ns, here_ns, "no guest is so long away: --clock continue")
     else:
         return int(here_ns - saved_ns)

@@ -67,28 +67,36 @@ class MsrTable:
     def init(self, table: Any) -> None:
         """Write which MSRs are asked for to the memory at ``table``."""
         for index in self._order:
-            self._entry(table, index).index = index
-        self.ask(table, [chunk.nr_msrs for chunk in self.chunks])
+            self.entry(table, index).index = index
+        for chunk in self.chunks:
+            ffi.cast("struct kvm_msrs *", table + chunk.at).nmsrs = chunk.nr_msrs
 
-    def ask(self, table: Any, counts: Sequence[int]) -> None:
-        """Let the call of each chunk be for so many of its MSRs."""
-        for chunk, count in zip(self.chunks, counts, strict=True):
-            ffi.cast("struct kvm_msrs *", table + chunk.at).nmsrs = count
+    def __contains__(self, index: int) -> bool:
+        return index in self._places
 
-    def _entry(self, table: Any, index: int) -> Any:
+    def calls(self, table: Any, *, compared: bool = False) -> list[tuple[Any, int]]:
+        """The ``struct kvm_msrs *`` of each chunk of the table at ``table``, and how many of its MSRs a load writes, or
+        reads back to be ``compared``."""
+        return [
+            (ffi.cast("struct kvm_msrs *", table + chunk.at), chunk.nr_compared if compared else chunk.nr_written)
+            for chunk in self.chunks
+        ]
+
+    def entry(self, table: Any, index: int) -> Any:
+        """The ``struct kvm_msr_entry *`` of one MSR that is in the table at ``table``."""
         return ffi.cast("struct kvm_msr_entry *", table + self._places[index])
 
     def get(self, table: Any, index: int) -> int | None:
         """The value of one MSR in the table at ``table``; None when it is not in it."""
-        return int(self._entry(table, index).data) if index in self._places else None
+        return int(self.entry(table, index).data) if index in self._places else None
 
     def values(self, table: Any) -> dict[int, int]:
         """All of the table at ``table``."""
-        return {index: int(self._entry(table, index).data) for index in self._order}
+        return {index: int(self.entry(table, index).data) for index in self._order}
 
     def set(self, table: Any, index: int, value: int) -> None:
         """Change one MSR that is in the table at ``table``."""
-        self._entry(table, index).data = value
+        self.entry(table, index).data = value
 
     def fill(self, table: Any, values: Mapping[int, int]) -> bool:
         """Put ``values`` into the table at ``table``, if they are of just these MSRs."""

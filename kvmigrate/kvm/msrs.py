@@ -108,7 +108,7 @@ def load_msrs(vcpu: Vcpu, saved: Mapping[int, int], fidelity: Fidelity, where: s
 
 def drop_wall_clocks(saved: Mapping[int, int], fidelity: Fidelity, where: str) -> frozenset[str]:
     """Leave out a request for the time: KVM would answer it once more. Returns the names of those that were."""
-    asked = {msr_name(index): value for index, value in saved.items() if index in WALL_CLOCKS and value}
+    asked = {msr_name(index): value for index in WALL_CLOCKS if (value := saved.get(index))}
     for name, value in asked.items():
         fidelity.dropped(f"{where}.{name}", value, "a request that KVM answered when it was written")
     return frozenset(asked)

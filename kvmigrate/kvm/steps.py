@@ -29,12 +29,16 @@ class Outcome:
     exact: bool
 
 
+_EXACT = Outcome(0, True)
+
+
 class Steps:
     """``items``, each of one or more steps with the result that each is to have, as the C core takes them: for any
     memory in which the same things lie at the same places."""
 
     def __init__(self, items: Sequence[Sequence[tuple[Step, int]]]) -> None:
         self._nr_items = len(items)
+        self._all_exact = [_EXACT] * len(items)
         steps = [
             [step.request, step.arg, step.held, step.expected, step.size_bytes, number, wanted]
             for number, item in enumerate(items)
@@ -47,5 +51,6 @@ class Steps:
         """Make all steps on ``fd`` and the C pointer ``memory``, in order, whatever comes of each. What came of each
         item."""
         outcomes = ffi.new("struct kmig_outcome[]", self._nr_items)
-        lib.kmig_steps_run(fd, memory, self._steps, self._nr_steps, outcomes)
+        if lib.kmig_steps_run(fd, memory, self._steps, self._nr_steps, outcomes):
+            return self._all_exact
         return [Outcome(outcome.rc, not outcome.differs) for outcome in outcomes]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Sequence
+from typing import Any
 
 from .._core import ffi, lib
 from ..errors import BadField, HostError, check
 from ..state.section import Value
+from . import msr_names as msr
 from .image import Image
 from .msr_table import table_of
 from .msrs import WALL_CLOCKS, indices_to_save
@@ -18,22 +20,30 @@ from .vcpu_shape import Kind, VcpuShape, shape_of
 
 STRUCTS = ("mp_state", "sregs", "regs", "xsave", "xcrs", "debugregs", "lapic", "nested_state", "msrs", "vcpu_events")
 """The items of a vCPU's state that are set by one struct each."""
+APART = (*WALL_CLOCKS, msr.IA32_TSC, msr.IA32_TSC_DEADLINE)
+"""MSRs that a load does not just write and read back."""
 
 
 class _Memory(Image):
-    """The image's memory, of the vCPU ``number``."""
+    """The image's memory, of the vCPU ``number``, and pointers to what of it is looked at while a guest waits."""
 
     def __init__(self, shape: VcpuShape, number: int) -> None:
         super().__init__(shape.memory)
-        self._number = number
+        self._own_number = number
+        self.number = self.saved("id", "__u32 *")
+        self.tsc_khz = self.saved("tsc_khz", "__u32 *")
+        self.tsc_offset: Any = self.saved("tsc_offset", "__u64 *") if shape.kind.has_tsc_offset else None
+        self.xcrs = self.saved("xcrs", "struct kvm_xcrs *")
+        self.msrs = self.saved("msrs")
+        self.held_msrs = self.held("msrs")
         if shape.kind.has_tsc_offset:
             attr = self.apart("struct kvm_device_attr *")
             attr.group, attr.attr = lib.KVM_VCPU_TSC_CTRL, lib.KVM_VCPU_TSC_OFFSET
-            attr.addr = int(ffi.cast("uintptr_t", self.saved("tsc_offset")))
+            attr.addr = int(ffi.cast("uintptr_t", self.tsc_offset))
 
     def clear(self) -> None:
         super().clear()
-        self.saved("id", "__u32 *")[0] = self._number
+        self.number[0] = self._own_number
 
 
 class VcpuImage:
@@ -51,6 +61,9 @@ class VcpuImage:
             Kind(self.sregs, self._nr_xcrs, vcpu.xsave_bytes, nested_state_bytes, self.has_tsc_offset, self.msrs)
         )
         self.memory = _Memory(self._shape, vcpu.id)
+        self._saved_apart = [(i, self.msrs.entry(self.memory.msrs, i)) for i in APART if i in self.msrs]
+        self._asked = [entry for i, entry in self._saved_apart if i in WALL_CLOCKS]
+        self._calls = [*self.msrs.calls(self.memory.msrs), *self.msrs.calls(self.memory.held_msrs, compared=True)]
 
     def key(self, item: str) -> str:
         """The key of ``item`` on the wire."""
@@ -64,11 +77,11 @@ class VcpuImage:
         check(outcome.rc, f"reading the state of vCPU {self._vcpu.id}")
         if not outcome.exact or self._saved_nr_xcrs() != self._nr_xcrs:
             return None
-        self.memory.saved("tsc_khz", "__u32 *")[0] = self._vcpu.get_tsc_khz()
+        self.memory.tsc_khz[0] = self._vcpu.get_tsc_khz()
         return self.memory.encode()
 
     def _saved_nr_xcrs(self) -> int:
-        return int(self.memory.saved("xcrs", "struct kvm_xcrs *").nr_xcrs)
+        return int(self.memory.xcrs.nr_xcrs)
 
     def take(self, body: Value) -> bool:
         """Fill it from a section's body, which is hostile: a map, or one in msgpack. False for one of another shape
@@ -79,18 +92,20 @@ class VcpuImage:
             return False
         return self._saved_nr_xcrs() == self._nr_xcrs
 
+    def msrs_apart(self) -> dict[int, int]:
+        """What was saved of the MSRs :data:`APART`, as far as there are such."""
+        return {index: int(entry.data) for index, entry in self._saved_apart}
+
     def ask_no_time(self) -> None:
         """Take requests for the time, which KVM has answered, out of what is to be found after a load."""
-        table = self.memory.saved("msrs")
-        for index in WALL_CLOCKS:
-            if self.msrs.get(table, index):
-                self.msrs.set(table, index, 0)
+        for entry in self._asked:
+            entry.data = 0
 
     def load(self, items: Sequence[str]) -> list[Outcome]:
         """Set ``items``, of :data:`STRUCTS`, one after another as they were taken, and read each back right after it.
         """
-        self.msrs.ask(self.memory.saved("msrs"), [chunk.nr_written for chunk in self.msrs.chunks])
-        self.msrs.ask(self.memory.held("msrs"), [chunk.nr_compared for chunk in self.msrs.chunks])
+        for call, nr_msrs in self._calls:
+            call.nmsrs = nr_msrs
         return self._shape.loads(tuple(items)).run(self._vcpu.fd, self.memory.memory)
 
 

@@ -6,7 +6,7 @@ target/i386/kvm/kvm.c.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 
 from .._core import lib
@@ -19,7 +19,7 @@ from .clock import ClockBase
 from .cpuid import compare_cpuid, parse_cpuid
 from .host import CpuidEntry
 from .lapic import compare_lapic
-from .msrs import WALL_CLOCKS, drop_wall_clocks, load_msrs, load_wall_clocks, parse_msrs
+from .msrs import drop_wall_clocks, load_msrs, load_wall_clocks, parse_msrs
 from .steps import Outcome
 from .structs import layout
 from .tsc import SavedTsc, load_tsc, load_tsc_deadline, load_tsc_khz
@@ -66,18 +66,15 @@ def _taken(
     vcpu: Vcpu, image: VcpuImage, cpuid: list[CpuidEntry], cpuid_packed: bytes, where: str
 ) -> ParsedVcpu:
     """What has the shape of this host's own state: the ranges are left to be checked."""
-    memory, table = image.memory, image.memory.saved("msrs")
-    flags, khz = memory.saved("xcrs", "struct kvm_xcrs *").flags, memory.saved("tsc_khz", "__u32 *")[0]
-    own = memory.saved("id", "__u32 *")[0]
+    memory = image.memory
+    flags, khz, own = memory.xcrs.flags, memory.tsc_khz[0], memory.number[0]
     if flags or own != vcpu.id or not 1 <= khz <= _MAX_KHZ:
         raise BadField(f"{where}: xcrs.flags is {flags}, id {own} and tsc_khz {khz}, which no vCPU {vcpu.id} has")
     parse_xsave(memory.saved_bytes("xsave"), vcpu.host, vcpu.xsave_bytes, f"{where}.xsave")
-    offset = memory.saved("tsc_offset", "__u64 *")[0] if image.has_tsc_offset else None
-    apart = (*WALL_CLOCKS, msr.IA32_TSC, msr.IA32_TSC_DEADLINE)
-    msrs = {index: value for index in apart if (value := image.msrs.get(table, index)) is not None}
+    offset = memory.tsc_offset[0] if image.has_tsc_offset else None
+    msrs = image.msrs_apart()
     image.ask_no_time()
-    odd = frozenset(() if image.has_nested_state else ("nested_state",))
-    return ParsedVcpu(cpuid, cpuid_packed, image, SavedTsc(khz, msrs.get(msr.IA32_TSC, 0), offset), msrs, odd)
+    return ParsedVcpu(cpuid, cpuid_packed, image, SavedTsc(khz, msrs.get(msr.IA32_TSC, 0), offset), msrs)
 
 
 def _filled(
@@ -95,11 +92,12 @@ def _filled(
     offset = fields.integer("tsc_offset") if fields.has("tsc_offset") else None
     tsc = SavedTsc(fields.integer("tsc_khz", 1, _MAX_KHZ), msrs.get(msr.IA32_TSC, 0), offset)
     packed["xsave"] = parse_xsave(fields.blob("xsave", 1 << 20), vcpu.host, vcpu.xsave_bytes, f"{where}.xsave")
-    odd = {"nested_state"} if sregs == image.sregs else {"nested_state", "sregs"}
+    odd: set[str] = set() if nested is None and not image.has_nested_state else {"nested_state"}
+    odd |= set() if sregs == image.sregs else {"sregs"}
     for key, data in packed.items():
         if key in image.memory.parts:
             image.memory.fill(key, data)
-    if not image.msrs.fill(image.memory.saved("msrs"), msrs):
+    if not image.msrs.fill(image.memory.msrs, msrs):
         odd.add("msrs")
     image.ask_no_time()
     return ParsedVcpu(cpuid, cpuid_packed, image, tsc, msrs, frozenset(odd), packed[sregs], nested)
@@ -136,7 +134,7 @@ class _Loader:
 
     def load(self) -> Fidelity:
         """Set all items in :data:`ORDER`: as many as can be by one call into the C core."""
-        for together, items in _calls(tuple(ORDER), self.parsed.odd):
+        for together, items in _calls(tuple(ORDER), self.parsed.odd, self.parsed.image.has_nested_state):
             if not together:
                 self._step(items[0])
                 continue
@@ -156,12 +154,13 @@ class _Loader:
 
     def _judge(self, item: str, outcome: Outcome) -> None:
         where = f"{self.where}.{item}"
+        if outcome.exact and item != "msrs":
+            self.fidelity.exact(where)
+            return
         try:
             check(outcome.rc, f"KVM_SET of {item}")
             if item == "msrs":
                 self._msrs_written(outcome.exact, where)
-            elif outcome.exact:
-                self.fidelity.exact(where)
             else:
                 self._compare(item, where)
         except HostError as error:
@@ -190,7 +189,7 @@ class _Loader:
             self.fidelity.all_exact(where, [name for name in names if name not in dropped] if dropped else names)
             self._tsc(where)
         else:
-            self._each_msr(table.values(self.parsed.image.memory.saved("msrs")), where)
+            self._each_msr(table.values(self.parsed.image.memory.msrs), where)
 
     def _msrs(self, where: str) -> None:
         self._each_msr(self.parsed.msrs, where)
@@ -274,12 +273,13 @@ def load_vcpu(vcpu: Vcpu, parsed: ParsedVcpu, base: ClockBase) -> Fidelity:
 
 
 @lru_cache(16)
-def _calls(order: tuple[str, ...], odd: frozenset[str]) -> list[tuple[bool, list[str]]]:
+def _calls(order: tuple[str, ...], odd: frozenset[str], has_nested_state: bool) -> list[tuple[bool, list[str]]]:
     """``order`` in pieces: items that are set together, and those that are set alone."""
-    return [*_pieces(order, odd)]
+    left_out = set() if has_nested_state or "nested_state" in odd else {"nested_state"}
+    return [*_pieces([item for item in order if item not in left_out], odd)]
 
 
-def _pieces(order: tuple[str, ...], odd: frozenset[str]) -> Iterator[tuple[bool, list[str]]]:
+def _pieces(order: Sequence[str], odd: frozenset[str]) -> Iterator[tuple[bool, list[str]]]:
     together: list[str] = []
     for item in order:
         alone = item in odd or item not in STRUCTS

@@ -155,10 +155,6 @@ class Vm:
         """kvmclock as KVM_GET_CLOCK gives it: ``clock`` in ns, ``flags``, ``realtime`` in ns, ``host_tsc``."""
         return layout("clock_data").unpack(self._get(lib.KVM_GET_CLOCK, "clock_data"))
 
-    def set_clock(self, value: Value) -> None:
-        """KVM_SET_CLOCK; with KVM_CLOCK_REALTIME in ``flags`` the time since ``realtime`` is added."""
-        self._set(lib.KVM_SET_CLOCK, "clock_data", value, "clock")
-
     def get_pit2(self) -> dict[str, Value]:
         """The three channels and flags of the in-kernel timer."""
         return layout("pit_state2").unpack(self._get(lib.KVM_GET_PIT2, "pit_state2"))

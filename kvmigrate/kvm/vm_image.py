@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import cache, lru_cache
+from typing import Any
 
 from .._core import ffi, lib
 from ..errors import check
@@ -18,6 +19,7 @@ _STRUCTS = {"pic_master": "pic_state", "pic_slave": "pic_state", "ioapic": "ioap
 _CHIP_REQUESTS = (lib.KVM_GET_IRQCHIP, lib.KVM_SET_IRQCHIP)
 # The PIT drives the first input of both chips: kvmigrate leaves KVM's default routes as they are.
 _PIT_LINE = 1 << 0
+_PIT_LINES = (("pic_master", "last_irr"), ("ioapic", "irr"))
 _PIT_REQUESTS = (lib.KVM_GET_PIT2, lib.KVM_SET_PIT2)
 
 
@@ -27,6 +29,11 @@ class VmImage:
     def __init__(self, vm: Vm) -> None:
         self._vm = vm
         self.memory = Image(_shape())
+        self.clock = self.memory.saved("clock", "struct kvm_clock_data *")
+        self.host_tsc = self.memory.saved("host_tsc", "__u64 *")
+        self._clock_here = self.memory.held("clock", "struct kvm_clock_data *")
+        self._clock_wanted = self.memory.apart("struct kvm_clock_data *")
+        self._pit_lines = [(item, register, self._chip(item)) for item, register in _PIT_LINES]
 
     def save(self) -> bytes:
         """Read the VM, whose vCPUs are parked: the body of its section, a msgpack map. Raises :class:`HostError`.
@@ -36,7 +43,7 @@ class VmImage:
         self.memory.clear()
         [clock] = _clock_step().run(self._vm.fd, self.memory.memory)
         check(clock.rc, "KVM_GET_CLOCK")
-        self.memory.saved("host_tsc", "__u64 *")[0] = complete(self.memory.saved("clock", "struct kvm_clock_data *"))
+        self.host_tsc[0] = complete(self.clock)
         [chips] = _save_steps().run(self._vm.fd, self.memory.memory)
         check(chips.rc, "reading the timer and the interrupt chips")
         self.lower_pit_line()
@@ -51,14 +58,22 @@ class VmImage:
         next tick would then be no edge, no interrupt, and never acknowledged; and the kernel's PIT waits for that
         before it ticks on. What the pulse asked for is in other registers."""
         lowered = []
-        for item, register in (("pic_master", "last_irr"), ("ioapic", "irr")):
-            at = self.memory.saved(item) + self.memory.parts[item].offset
-            chip = ffi.cast(f"struct kvm_{_STRUCTS[item]} *", at)
+        for item, register, chip in self._pit_lines:
             was = getattr(chip, register)
             if was & _PIT_LINE:
                 setattr(chip, register, was & ~_PIT_LINE)
                 lowered.append((f"{item}.{register}", was, was & ~_PIT_LINE))
         return lowered
+
+    def _chip(self, item: str) -> Any:
+        return ffi.cast(f"struct kvm_{_STRUCTS[item]} *", self.memory.saved(item) + self.memory.parts[item].offset)
+
+    def set_clock(self, clock_ns: int) -> Any:
+        """Set kvmclock, and return the ``struct kvm_clock_data *`` of what it then is. Raises :class:`HostError`."""
+        self._clock_wanted.clock = clock_ns
+        for outcome in _set_clock_steps().run(self._vm.fd, self.memory.memory):
+            check(outcome.rc, "setting kvmclock")
+        return self._clock_here
 
     def load(self, items: Sequence[str]) -> list[Outcome]:
         """Set the chips and the timer ``items``, one after another, and read each back right after it."""
@@ -92,6 +107,12 @@ def _parts() -> Iterator[Part]:
 @cache
 def _clock_step() -> Steps:
     return Steps([[(Step(lib.KVM_GET_CLOCK, _shape().saved_at("clock")), 0)]])
+
+
+@cache
+def _set_clock_steps() -> Steps:
+    set_it = Step(lib.KVM_SET_CLOCK, _shape().apart_at), 0
+    return Steps([[set_it, (Step(lib.KVM_GET_CLOCK, _shape().held_at("clock")), 0)]])
 
 
 @cache

@@ -18,6 +18,7 @@ from .vm_image import VmImage, image_of
 
 CHIP_ORDER = ("pic_master", "pic_slave", "ioapic", "pit2")
 """Steps 3 and 4 of :func:`_load_state`, which is a rule."""
+_PIT_NAMES = ("flags", "channels[0]", "channels[1]", "channels[2]")
 
 
 def save_state(vm: Vm) -> tuple[dict[str, Value], list[dict[str, Value]]]:
@@ -51,10 +52,9 @@ def pack_part(vm: Vm, vcpu: Vcpu | None = None) -> bytes:
 def parse_vm(vm: Vm, body: Value) -> ParsedClock:
     """Check the VM's body, which is hostile, and put it into the VM's image, ready to be set. Raises
     :class:`BadField`."""
-    memory = image_of(vm).memory
-    memory.decode(packed(body, "vm"), "vm")
-    clock = layout("clock_data").unpack(memory.saved_bytes("clock"))
-    return parse_clock(clock, int(memory.saved("host_tsc", "__u64 *")[0]), "vm.clock")
+    image = image_of(vm)
+    image.memory.decode(packed(body, "vm"), "vm")
+    return parse_clock(image.clock, int(image.host_tsc[0]), "vm.clock")
 
 
 def load_state(
@@ -93,7 +93,7 @@ def _load_state(
         fidelity.refused("nr_vcpus", len(vcpu_bodies), len(vm.vcpus), "the machine has another number of vCPUs")
         return fidelity
     states = [parse_vcpu(*saved) for saved in zip(vm.vcpus, vcpu_bodies, cpuids, strict=True)]
-    base = load_clock(vm, clock, fidelity, count_downtime=count_downtime)
+    base = load_clock(image_of(vm).set_clock, clock, fidelity, count_downtime=count_downtime)
     for tsc in () if clock.stable else [state.tsc for state in states]:
         if tsc.offset is not None:
             base = base.not_back(tsc.offset, tsc.value, tsc.khz)
@@ -128,6 +128,9 @@ def load_chips(vm: Vm, fidelity: Fidelity) -> None:
     for name, saved, lowered in image.lower_pit_line():
         fidelity.adjusted(name, saved, lowered, "the PIT's line was up for the moment of a tick")
     for item, outcome in zip(CHIP_ORDER, image.load(CHIP_ORDER), strict=True):
+        if outcome.exact and item != "pit2":
+            fidelity.exact(item)
+            continue
         try:
             check(outcome.rc, f"KVM_SET of {item}")
         except HostError as error:
@@ -135,8 +138,6 @@ def load_chips(vm: Vm, fidelity: Fidelity) -> None:
             continue
         if item == "pit2":
             _judge_pit(image, fidelity)
-        elif outcome.exact:
-            fidelity.exact(item)
         else:
             _compare(image, item, chip_layout(CHIPS[item]), fidelity)
 
@@ -155,6 +156,6 @@ def _judge_pit(image: VmImage, fidelity: Fidelity) -> None:
             fidelity.adjusted(f"pit2.channels[{number}].count_load_time", began, now, why)
             other.count_load_time = began
     if image.memory.saved_bytes("pit2") == image.memory.held_bytes("pit2"):
-        fidelity.all_exact("pit2", ("flags", *(f"channels[{number}]" for number in range(len(saved.channels)))))
+        fidelity.all_exact("pit2", _PIT_NAMES)
     else:
         _compare(image, "pit2", layout("pit_state2"), fidelity)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 
 from ..devices.bus import Device
 from ..errors import BadField, ConfigError, HostError, RestoreRefused, StreamError
@@ -21,12 +22,17 @@ def section_names(platform: Platform) -> list[str]:
     return [*_kernel_names(platform), *platform.devices]
 
 
-def _kernel_names(platform: Platform) -> list[str]:
-    return ["vm", *_vcpu_names(platform)]
+def _kernel_names(platform: Platform) -> tuple[str, ...]:
+    return _numbered(len(platform.vm.vcpus))
 
 
-def _vcpu_names(platform: Platform) -> list[str]:
-    return [f"vcpu{vcpu.id}" for vcpu in platform.vm.vcpus]
+def _vcpu_names(platform: Platform) -> tuple[str, ...]:
+    return _kernel_names(platform)[1:]
+
+
+@cache
+def _numbered(nr_vcpus: int) -> tuple[str, ...]:
+    return "vm", *(f"vcpu{number}" for number in range(nr_vcpus))
 
 
 def save_sections(platform: Platform) -> list[Section]:

@@ -21,8 +21,9 @@ struct kmig_outcome {
     int differs;
 };
 
-// Make all of them, in order, whatever comes of each. The outcomes are those of the items, all zero before.
-void kmig_steps_run(int fd, char *memory, const struct kmig_step *step, uint32_t nr_steps, struct kmig_outcome *outcomes);
+// Make all of them, in order, whatever comes of each. The outcomes are those of the items, all zero before. Returns whether
+// all came as it was to.
+int kmig_steps_run(int fd, char *memory, const struct kmig_step *step, uint32_t nr_steps, struct kmig_outcome *outcomes);
 
 // One MSR of a vCPU. Returns 1, or 0 where it cannot be read or does not take the value.
 int kmig_msr_get(int fd, uint32_t index, uint64_t *value);

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..._core import ffi, lib
 from ...errors import BadField
-from ...record import asdict, dataclass
+from ...record import dataclass
 from ...state.section import Fields, Value
 from . import registers as reg
 
@@ -25,10 +25,6 @@ class Saved:
     broken: bool
     queues: list[dict[str, int]]
 
-    def to_value(self) -> dict[str, Value]:
-        """As a section's body."""
-        return asdict(self)
-
     def set_queues(self, handle: Any, where: str) -> None:
         """Give the parked device behind ``handle`` these queues, features and interrupt bits. Raises :class:`BadField`
         when a ring is not aligned or not in RAM, and changes nothing then."""
@@ -42,6 +38,19 @@ class Saved:
                 raise BadField(f"{where}: the rings of queue {at} are not aligned or not in the guest's memory")
         handle.features = self.driver_features if self.status & reg.FEATURES_OK else 0
         handle.isr, handle.broken = self.isr, self.broken
+
+
+def saved_queue(queue: Any) -> dict[str, int]:
+    """What :data:`registers.QUEUE_FIELDS` names of a ``struct kmig_virtq``. Spelt out: a guest waits for it."""
+    return {
+        "size": queue.size,
+        "ready": queue.ready,
+        "desc": queue.desc,
+        "avail": queue.avail,
+        "used": queue.used,
+        "last_avail": queue.last_avail,
+        "used_idx": queue.used_idx,
+    }
 
 
 def read_saved(fields: Fields, where: str, offered: int, nr_queues: int, queue_max: int) -> Saved:

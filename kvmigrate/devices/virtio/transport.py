@@ -20,7 +20,7 @@ from ...state.section import Fields, Value
 from ...threads import Thread
 from ..bus import Device
 from . import registers as reg
-from .saved import Saved, read_saved
+from .saved import read_saved, saved_queue
 
 WINDOW_BYTES = 0x200
 """How much of the address space a device answers: its registers, and 256 bytes of configuration."""
@@ -240,23 +240,19 @@ class VirtioDevice(Device):
     def save(self) -> dict[str, Value]:
         """Registers and queues. What is in the rings lies in guest memory."""
         with self._lock:
-            return (
-                Saved(
-                    status=self._status,
-                    device_features_sel=self._device_features_sel,
-                    driver_features_sel=self._driver_features_sel,
-                    driver_features=self._driver_features,
-                    queue_sel=self._queue_sel,
-                    generation=self._generation,
-                    isr=int(self.handle.isr),
-                    broken=bool(self.handle.broken),
-                    queues=[
-                        {name: int(getattr(self.handle.queue[at], name)) for name in reg.QUEUE_FIELDS}
-                        for at in range(self.nr_queues)
-                    ],
-                ).to_value()
-                | self.own_state()
-            )
+            handle = self.handle
+            queues = handle.queue
+            return {
+                "status": self._status,
+                "device_features_sel": self._device_features_sel,
+                "driver_features_sel": self._driver_features_sel,
+                "driver_features": self._driver_features,
+                "queue_sel": self._queue_sel,
+                "generation": self._generation,
+                "isr": handle.isr,
+                "broken": bool(handle.broken),
+                "queues": [saved_queue(queues[at]) for at in range(self.nr_queues)],
+            } | self.own_state()
 
     def sample(self) -> dict[str, Value]:
         """See :meth:`Device.sample`. The device's thread works on: how far it is in a queue is not of one moment, and
