@@ -26,7 +26,7 @@ from .generation import new_generation_id, write_generation
 from .loading import load_image
 from .own_trial import OwnTrial
 from .platform import Platform
-from .rehearsal import load_own, rehearse, rehearse_load, saved_own, warm_up
+from .rehearsal import load_own, rehearse, rehearse_load, saved_own, warm_up, warm_up_resume
 from .reset import Boot, PowerOn, pending_section, take_pending
 from .runstate import RunStateBox
 from .sampling import Sampler
@@ -185,7 +185,7 @@ class Machine:
         with self._guard:
             if reason is not self.runstate:
                 self._runstate.require(reason)
-            self._park()
+            self.platform.park(PAUSE_TIMEOUT_MS)
             if reason is RunState.FINISH_MIGRATE:
                 # From here on nothing of this VM writes a disk, and the destination locks them before it says READY:
                 # there is no moment at which two could write. A snapshot's pause keeps them: the guest stays here.
@@ -195,11 +195,6 @@ class Machine:
                 self.platform.virtio.lock()
             # The guest may have ended while its vCPUs were on their way out: then there is nothing to move any more.
             self._runstate.move(reason)
-
-    def _park(self) -> None:
-        self.platform.vm.group.pause(PAUSE_TIMEOUT_MS)
-        for device in self.platform.devices.values():
-            device.pause()
 
     def resume(self) -> None:
         """See :meth:`Migratable.resume`. Raises :class:`ConfigError` when another VM has taken a disk meanwhile; the
@@ -215,18 +210,10 @@ class Machine:
                 if self._pending_reset is not None:
                     self._start_reset()
                 else:
-                    self._let_go()
+                    self.platform.let_go()
             finally:
                 # The guest goes first: whoever is told may want the interpreter at once.
                 self._runstate.tell()
-
-    def _let_go(self) -> None:
-        for device in self.platform.devices.values():
-            device.resume()
-        for vcpu in self.platform.vm.vcpus:
-            # Just before it runs, not at the pause: a guest that was restored would miss it (Firecracker #5494).
-            vcpu.kvmclock_ctrl()
-        self.platform.vm.group.resume()
 
     def reset(self) -> None:
         """Press the reset button of a guest that runs or stands still: it starts anew and does so again, or ends when
@@ -253,7 +240,7 @@ class Machine:
     def _carry_out(self, reset: GuestEnd, boot: Boot | None = None) -> None:
         """Under the guard: reset the machine, and let it go on as before; ``boot`` has been read already or is not."""
         try:
-            self._park()
+            self.platform.park(PAUSE_TIMEOUT_MS)
             if not self._reboot:
                 self._finish(reset)
             elif not self._runstate.ended:
@@ -261,7 +248,7 @@ class Machine:
                 self._pending_reset = None
                 self.on_reset(reset)
                 if self.runstate is RunState.RUNNING:
-                    self._let_go()
+                    self.platform.let_go()
         except KvmigrateError as error:
             self._finish(reset.but(str(error)))
         except Exception as error:
@@ -287,13 +274,15 @@ class Machine:
         """See :meth:`Migratable.warm_up`."""
         if self.runstate is not RunState.INMIGRATE:
             warm_up()
-        elif len(self.platform.vm.vcpus) > 1:
+            return
+        if len(self.platform.vm.vcpus) > 1:
             # The source would be done with its save before all of them were gone through.
             rehearse_load()
         else:
             # It has never run, so it can go through its own load: that warms the kernel's side of it too.
             self._own_state = self._own_state or saved_own(self.platform)
             load_own(self.platform, self._own_state)
+        warm_up_resume()
 
     def save(self) -> list[Section]:
         """See :meth:`Migratable.save`."""

@@ -9,6 +9,7 @@ from ..config import MIN_MEMORY_BYTES
 from ..kvm.cpuid import guest_cpuid
 from ..kvm.system import System
 from ..state.section import decode_well_formed, encode
+from .cpus import PAUSE_TIMEOUT_MS
 from .platform import Platform
 from .sections import load_sections, save_sections
 
@@ -32,8 +33,21 @@ def warm_up() -> None:
     """Save it each time: what is done next is still in the processor's caches then. Half a millisecond, once
     :func:`rehearse` was called."""
     with _lock:
+        _go_on_and_park()
         for section in save_sections(_scratch()):
             encode(section)
+
+
+def warm_up_resume() -> None:
+    """Let it go on and stand still again: its vCPUs have no threads."""
+    with _lock:
+        _go_on_and_park()
+
+
+def _go_on_and_park() -> None:
+    scratch = _scratch()
+    scratch.let_go()
+    scratch.park(PAUSE_TIMEOUT_MS)
 
 
 def saved_own(platform: Platform) -> list[bytes]:

@@ -24,12 +24,15 @@ class Apart:
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
+        self._local: bool | None = None
         self._before: set[int] | None = None
 
     def keep(self, half: int) -> None:
         """From now on to this one: even numbers mean the one, odd ones the other. Of each core's two threads both are
         in the same as a rule, since they are numbered half of all apart. Idempotent."""
-        if self._before is not None or self._sock.family not in TCP or not on_this_host(self._sock):
+        if self._local is None:
+            self._local = self._sock.family in TCP and on_this_host(self._sock)
+        if self._before is not None or not self._local:
             return
         with suppress(OSError):
             allowed = os.sched_getaffinity(0)

@@ -55,6 +55,12 @@ class Custody:
                 raise
             self._state = Custody.State.COMMITTED
 
+    def rehearse(self) -> None:
+        """For :meth:`commit`: the journal says once more what it says. Raises :class:`HostError`."""
+        with self._lock:
+            if self._state is Custody.State.HELD:
+                self._journal.rehearse()
+
     def ran(self) -> None:
         """The guest runs."""
         with self._lock:

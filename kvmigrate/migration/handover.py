@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
 from ..config import MigrationParameters
@@ -15,14 +14,11 @@ from ..record import dataclass, replace
 from ..state.frame import HEADER, FrameKind
 from ..state.section import Section, encode, pack
 from . import wire
-from .batch import join
 from .blackout import Stopwatch
 from .channel import Channel, expect, unexpected
 from .sink import StreamSink
 from .status import MigrationResult
 
-WARM_FOR_S = 0.01
-"""How long what was gone through is gone through quickly once more, as a rule: a short round goes by in that time."""
 ENDED = (RunState.SHUTDOWN, RunState.INTERNAL_ERROR)
 
 
@@ -72,7 +68,7 @@ def switch_over(
     # keeps, whose load takes longest, while the devices are saved.
     parts = machine.save_parts()
     for more in (True, False):
-        _send_state(channel, next(parts), len(precopy.records), sink.pages_sent, more=more)
+        send_state(channel, next(parts), len(precopy.records), sink.pages_sent, more=more)
     state = watch.lap()
     # Saving may write guest memory (a device completes what is under way): the last sync comes after it.
     precopy.last_round()
@@ -86,7 +82,8 @@ def switch_over(
     return Switched(watch, stop, state, last_pages, watch.lap(), ready, end.digest)
 
 
-def _send_state(channel: Channel, part: Sequence[Section], number: int, pages_sent: int, *, more: bool) -> None:
+def send_state(channel: Channel, part: Sequence[Section], number: int, pages_sent: int, *, more: bool) -> None:
+    """One part of the guest's state, announced by a ROUND of that number; whether there is ``more``."""
     frames = [(FrameKind.SECTION, encode(section)) for section in part]
     size_bytes = sum(HEADER.size + len(payload) for _, payload in frames)
     round_ = wire.Round(number, pages_sent, 0, 0, len(frames), size_bytes, more)
@@ -157,51 +154,3 @@ def downtime_parts(switched: Switched, handed_over: HandedOver) -> Downtime:
 def one_way_ms(handed_over: HandedOver) -> float:
     """Half of what COMMIT and RUNNING took to travel."""
     return max(handed_over.to_running - handed_over.running.total_ms, 0.0) / 2
-
-
-def warm_up(machine: Migratable) -> None:
-    """Go once through what this side does in the blackout, right before it and while the guest still runs: parts
-    of it take half as long then. A millisecond later that is not in the processor's caches any more (measured: 2.4 ms
-    from the pause on when the destination did it before its last answer, 1.85 when it did it once more after that)."""
-    machine.warm_up()
-    rehearse()
-
-
-def rehearse() -> None:
-    """The part of it that both sides have in common."""
-    for kind, payload in (
-        (FrameKind.ROUND, wire.Round(0, 0, 0, 0, 1, 64).to_payload()),
-        (FrameKind.END, wire.End(0, 0, 0, 0, True).to_payload()),
-        (FrameKind.READY, wire.Ready(0, 0, 0.0, 0.0).to_payload()),
-        (FrameKind.COMMIT, wire.commit_payload(1)),
-        (FrameKind.RUNNING, wire.Running(0.0, 0.0, 0.0, {}).to_payload()),
-    ):
-        join([(kind, payload)], 0)
-        _PARSERS[kind](payload)
-
-
-class WarmUp:
-    """Has a side do it after a round, unless it has done so a moment ago: where rounds follow each other closely, not
-    after each. A guest that writes goes on writing meanwhile."""
-
-    def __init__(self) -> None:
-        self._cold_at = 0.0
-
-    def go(self, machine: Migratable) -> None:
-        """Do it now, unless it was just done."""
-        if time.monotonic() >= self._cold_at:
-            warm_up(machine)
-            self.done()
-
-    def done(self) -> None:
-        """It was just done, by way of the real thing."""
-        self._cold_at = time.monotonic() + WARM_FOR_S
-
-
-_PARSERS: Mapping[FrameKind, Callable[[bytes], object]] = {
-    FrameKind.ROUND: wire.Round.from_payload,
-    FrameKind.END: wire.End.from_payload,
-    FrameKind.READY: wire.Ready.from_payload,
-    FrameKind.COMMIT: wire.commit_epoch,
-    FrameKind.RUNNING: wire.Running.from_payload,
-}

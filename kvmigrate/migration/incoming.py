@@ -19,10 +19,12 @@ from .checks import CHECK
 from .custody import Custody
 from .delta import DELTA, Offer
 from .further import Further
-from .handover import WarmUp, warm_up
 from .joining import CONNECTIONS, Join
 from .pages import PAGES_DELTA, PAGES_ZSTD, Decompressor
 from .trying import answer_check, read_description, take_check
+from .warming import WarmUp
+
+_COUNTED = ("data pages", "cleared pages", "pages that are not zero", "digest of the pages")
 
 
 class State(Enum):
@@ -58,7 +60,7 @@ class Incoming:
         self._taken = Offer(())
         self._further = Further(channel, self._allowed_flags)
         self._quiet = ExitStack()
-        self._warm_up = WarmUp()
+        self._warm_up = WarmUp(channel.abort)
         self._prefault: Prefault | None = None
         self._build_ms = 0.0
         self._load_ms = 0.0
@@ -91,6 +93,7 @@ class Incoming:
     def end_blackout(self) -> None:
         """Give the interpreter back its manners, and stop what else was under way. Idempotent."""
         self._quiet.close()
+        self._warm_up.close()
         self._channel.apart.end()
         self._stop_prefault()
         self._further.stop()
@@ -136,6 +139,10 @@ class Incoming:
         assert self.machine is not None, "no state after GREETED is reached without a machine"
         return self.machine
 
+    def _held(self) -> Custody:
+        assert self.custody is not None, "no state after GREETED is reached without custody"
+        return self.custody
+
     def _config(self, frame: Frame) -> State:
         watch = Stopwatch()
         self.machine = self._builder(read_description(frame, self._hello))
@@ -148,7 +155,8 @@ class Incoming:
     def _check(self, frame: Frame) -> State:
         check, sections = take_check(self._channel, frame)
         answer_check(self._channel, check, sections, self._built().trial(), self._build_ms)
-        self._warm_up.done()
+        # The source turns its dirty log on now: for a short round this time is not to be had again.
+        self._warm_up.go(self._built())
         # From here on nothing is started that would inherit this, but for what lifts it first.
         self._channel.apart.keep(self._hello.epoch + 1)
         return State.RECEIVING
@@ -186,11 +194,13 @@ class Incoming:
             self._quiet.close()
             self._quiet.enter_context(quiet_interpreter())
             self._warm_up.go(self._built())
+            self._arrived()
+            self._held().rehearse()
             # All of the round has been received: the source waits for this before it pauses the guest.
             self._channel.send_payloads([(FrameKind.ROUND, frame.payload)])
             # Once more while it pauses and saves the guest, if that was the last round. The first time is the slow one,
             # and no guest waits for it.
-            warm_up(self._built())
+            self._warm_up.now(self._built(), self._channel.pending)
             return State.RECEIVING
         self._stop_prefault()
         return self._take_state(round_)
@@ -223,35 +233,36 @@ class Incoming:
         watch = Stopwatch()
         end = wire.End.from_payload(frame.payload)
         self._further.finish(end.further)
-        memory = self._built().memory
-        for what, here, there in (
-            ("data pages", self.received("pages_received"), end.pages),
-            ("cleared pages", self.received("pages_cleared"), end.cleared),
-            ("pages that are not zero", memory.nr_hashed, end.nr_hashed),
-            ("digest of the pages", memory.digest, end.digest),
-        ):
+        arrived, sent = self._arrived(), (end.pages, end.cleared, end.nr_hashed, end.digest)
+        for what, here, there in zip(_COUNTED, arrived, sent, strict=True):
             if here != there:
                 raise BadChecksum(f"{what}: {here} arrived, the source says {there}: RAM was damaged on its way")
         self._autostart = end.autostart and self.may_start
-        ready = wire.Ready(memory.digest, memory.nr_hashed, self._load_ms, watch.lap())
+        _, _, nr_hashed, digest = arrived
+        ready = wire.Ready(digest, nr_hashed, self._load_ms, watch.lap())
         # The state comes first: should the send fail half-way, the source may have read it and answer by COMMIT.
         self.state = State.READY
         self._channel.send_payloads([(FrameKind.READY, ready.to_payload())])
         return State.READY
+
+    def _arrived(self) -> tuple[int, int, int, int]:
+        """What :data:`_COUNTED` says, as it is here."""
+        memory = self._built().memory
+        return self.received("pages_received"), self.received("pages_cleared"), memory.nr_hashed, memory.digest
 
     def _commit(self, frame: Frame) -> State:
         watch = Stopwatch()
         epoch = wire.commit_epoch(frame.payload)
         if epoch != self._hello.epoch:
             raise BadField(f"COMMIT: field 'epoch' is {epoch}, this attempt is {self._hello.epoch}")
-        assert self.custody is not None, "no state after GREETED is reached without custody"
         # Journal, then run, then tell: the source may believe nothing that a crash here could make untrue.
-        self.custody.commit()
+        custody = self._held()
+        custody.commit()
         self.state = State.COMMITTED
         journal_ms = watch.lap()
         self.run_guest()
         resume_ms = watch.lap()
-        self.custody.ran()
+        custody.ran()
         running = wire.Running(journal_ms, resume_ms, watch.total(), self.fidelity.to_value())
         self._channel.send_payloads([(FrameKind.RUNNING, running.to_payload())])
         return State.COMMITTED

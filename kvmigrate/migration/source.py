@@ -45,7 +45,6 @@ from .handover import (
     ENDED,
     HandedOver,
     Switched,
-    WarmUp,
     bounded,
     commit,
     measured,
@@ -59,6 +58,7 @@ from .pages import announce_resident
 from .parting import part, reason_of
 from .sink import StreamSink
 from .status import MigrationResult, Observer, Silence, Status
+from .warming import WarmUp
 from .zerocopy import References, require_possible
 
 DISKS_FREE_S = 2.0
@@ -98,7 +98,7 @@ class Source:
         self._sink: StreamSink | None = None
         self._precopy: PreCopy | None = None
         self._result = MigrationResult()
-        self._warm_up = WarmUp()
+        self._warm_up = WarmUp(self._abort)
         self._begin_ns = time.monotonic_ns()
         self._nr_resident = 0
         self._autostart = False
@@ -208,6 +208,7 @@ class Source:
         """For the blackout, while the destination does the same."""
         channel.apart.keep(self._query.epoch)
         self._warm_up.go(self._machine)
+        self._journal.rehearse()
 
     def _after_round(self, record: RoundRecord, decision: Decision) -> None:
         self._tell(lambda: self._observer.round_done(record))
@@ -380,5 +381,6 @@ class Source:
         if self._channel is not None:
             self._channel.apart.end()
             self._channel.close()
+        self._warm_up.close()
         self._abort.close()
         self._resolution.close()

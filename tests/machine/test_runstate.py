@@ -9,7 +9,7 @@ import pytest
 
 from kvmigrate.contract import RunState
 from kvmigrate.errors import StateError
-from kvmigrate.machine.machine import Machine
+from kvmigrate.machine.platform import Platform
 from kvmigrate.machine.runstate import RunStateBox
 
 from .boot_sector import HANG, machine_with
@@ -53,13 +53,13 @@ def test_the_end_is_told_after_what_was_told_late() -> None:
 def test_a_guest_runs_before_anybody_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     machine = machine_with(tmp_path, HANG)
     order: list[object] = []
-    let_go = Machine._let_go
+    let_go = Platform.let_go
 
-    def letting_go(machine: Machine) -> None:
-        let_go(machine)
+    def letting_go(platform: Platform) -> None:
+        let_go(platform)
         order.append("let go")
 
-    monkeypatch.setattr(Machine, "_let_go", letting_go)
+    monkeypatch.setattr(Platform, "let_go", letting_go)
     machine.on_change(order.append)
     machine.start()
     machine.resume()

@@ -101,7 +101,7 @@ def test_a_destination_is_apart_while_it_receives_and_everywhere_from_the_load_o
     for name in ("warm_up", "load", "resume"):
         spy(name)
     # Not warm from the trial of the state, but each time.
-    monkeypatch.setattr("kvmigrate.migration.handover.WARM_FOR_S", 0.0)
+    monkeypatch.setattr("kvmigrate.migration.warming.WARM_FOR_S", 0.0)
     receiving = receive()
     assert migrate(source_machine, receiving.address, tmp_path).error is None
     receiving.join()

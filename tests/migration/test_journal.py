@@ -125,3 +125,35 @@ def test_what_the_journal_of_a_dead_process_answers(state: Entry, answer: wire.O
     assert answer_of(record, MINE).state is answer
     assert answer_of(record, wire.Query("u-1", 9)).state is wire.Ownership.UNKNOWN
     assert answer_of(None, MINE).state is wire.Ownership.UNKNOWN
+
+def test_rehearsing_changes_nothing(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, "guest")
+    journal.rehearse()
+    assert list(tmp_path.iterdir()) == []
+    journal.write(RECORD)
+    journal.expect(Entry.COMMITTED)
+    later = replace(RECORD, epoch=8)
+    journal.stage(later)
+    journal.rehearse()
+    assert journal.read() == RECORD
+    journal.publish()
+    assert journal.read() == later
+
+
+def test_custody_that_is_rehearsed_decides_nothing(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, "guest")
+    custody = Custody(journal, RECORD)
+    custody.rehearse()
+    assert (custody.state, journal.read()) == (Custody.State.HELD, RECORD)
+    custody.discard("cancelled")
+    custody.rehearse()
+    found = journal.read()
+    assert found is not None
+    assert (custody.state, found.state) == (Custody.State.DISCARDED, Entry.DISCARDED)
+
+
+def test_a_journal_that_is_gone_is_noticed_before_the_blackout(tmp_path: Path) -> None:
+    custody = Custody(Journal(tmp_path, "guest"), RECORD)
+    Journal(tmp_path, "guest").write(replace(RECORD, epoch=8))
+    with pytest.raises(HostError, match=r"guest\.journal"):
+        custody.rehearse()

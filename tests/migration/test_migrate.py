@@ -16,8 +16,9 @@ import pytest
 from kvmigrate.config import Address
 from kvmigrate.contract import RunState
 from kvmigrate.errors import NotConverged
-from kvmigrate.migration.handover import WARM_FOR_S, WarmUp
+from kvmigrate.migration.abort import Abort
 from kvmigrate.migration.status import Status
+from kvmigrate.migration.warming import WARM_FOR_S, WarmUp
 from tests.fake_machine import MIB, FakeMachine
 from tests.migration.harness import Proxy, Receiving, Watch, check_no_files, check_resumed, migrate
 
@@ -91,14 +92,12 @@ def test_both_sides_warm_up_before_the_guest_has_to_wait(
     settled(receiving)
     assert outcome.result is not None and receiving.machine is not None
     assert set(source_machine.warmed_in) == {RunState.RUNNING}
-    # It may have loaded the sample a moment before.
-    assert set(receiving.machine.warmed_in) <= {RunState.INMIGRATE}
+    assert set(receiving.machine.warmed_in) == {RunState.INMIGRATE}
 
 
 def test_the_source_warms_up_while_the_destination_does(
     tmp_path: Path, source_machine: FakeMachine, receive: Receive, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(WarmUp, "done", lambda warm_up: None)
     receiving = receive(prepare=partial(meet, threading.Barrier(2, timeout=5.0), source_machine))
     outcome = migrate(source_machine, receiving.address, tmp_path)
     settled(receiving)
@@ -120,32 +119,31 @@ def _warm_up(barrier: threading.Barrier, machine: FakeMachine) -> None:
 def test_what_was_just_gone_through_is_not_gone_through_again(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
-    machine, warm_up = FakeMachine(MIB), WarmUp()
+    abort = Abort()
+    machine, warm_up = FakeMachine(MIB), WarmUp(abort)
     for at, times in ((100.0, 1), (100.0 + WARM_FOR_S / 2, 1), (100.0 + WARM_FOR_S, 2), (200.0, 3)):
         now[0] = at
         warm_up.go(machine)
         assert len(machine.warmed_in) == times
-    now[0] = 300.0
-    warm_up.done()
-    warm_up.go(machine)
-    assert len(machine.warmed_in) == 3, "the real thing will do"
     machine.close()
+    warm_up.close()
+    abort.close()
 
 
-def test_a_destination_that_has_just_tried_the_state_warms_up_only_while_the_source_pauses(
+def test_before_a_short_round_a_destination_warms_up_while_the_source_begins_it_and_while_it_pauses(
     tmp_path: Path, source_machine: FakeMachine, receive: Receive, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kvmigrate.migration.handover.WARM_FOR_S", 60.0)
+    monkeypatch.setattr("kvmigrate.migration.warming.WARM_FOR_S", 60.0)
     receiving = receive()
     assert migrate(source_machine, receiving.address, tmp_path).error is None
     settled(receiving)
-    assert receiving.machine is not None and receiving.machine.warmed_in == [RunState.INMIGRATE]
+    assert receiving.machine is not None and receiving.machine.warmed_in == [RunState.INMIGRATE] * 2
 
 
 def test_a_destination_warms_up_once_it_has_answered_and_the_source_pauses(
     tmp_path: Path, source_machine: FakeMachine, receive: Receive, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kvmigrate.migration.handover.WARM_FOR_S", 60.0)
+    monkeypatch.setattr("kvmigrate.migration.warming.WARM_FOR_S", 60.0)
     paused = threading.Event()
     pause = source_machine.pause
 
@@ -155,10 +153,28 @@ def test_a_destination_warms_up_once_it_has_answered_and_the_source_pauses(
 
     monkeypatch.setattr(source_machine, "pause", pausing)
     in_time: list[bool] = []
-    receiving = receive(prepare=lambda machine: setattr(machine, "warm_up", lambda: in_time.append(paused.wait(5.0))))
+
+    def warm_up() -> None:
+        # The first time the source has just begun.
+        in_time.append(bool(in_time) and paused.wait(5.0))
+
+    receiving = receive(prepare=lambda machine: setattr(machine, "warm_up", warm_up))
     assert migrate(source_machine, receiving.address, tmp_path).error is None
     settled(receiving)
-    assert in_time == [True]
+    assert in_time == [False, True]
+
+
+def test_a_warm_up_whose_source_has_said_something_is_cut_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    abort = Abort()
+    machine, warm_up = FakeMachine(MIB), WarmUp(abort)
+    talks: list[bool] = []
+    monkeypatch.setattr(WarmUp, "_talk", lambda _: talks.append(True))
+    warm_up.now(machine, lambda: True)
+    assert (len(machine.warmed_in), talks) == (1, [])
+    warm_up.now(machine, lambda: False)
+    assert (len(machine.warmed_in), talks) == (2, [True])
+    machine.close()
+    abort.close()
 
 
 def test_a_page_written_while_saving_arrives(tmp_path: Path, source_machine: FakeMachine, receive: Receive) -> None:
