@@ -17,6 +17,7 @@
 #include "api/ioctl.h"
 #include "api/layout.h"
 #include "api/vcpu.h"
+#include "api/thread.h"
 #include "api/uart.h"
 #include "api/memory.h"
 #include "api/dirty.h"

@@ -25,6 +25,7 @@ class Apart:
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._local: bool | None = None
+        self._half = 0
         self._before: set[int] | None = None
 
     def keep(self, half: int) -> None:
@@ -32,12 +33,13 @@ class Apart:
         in the same as a rule, since they are numbered half of all apart. Idempotent."""
         if self._local is None:
             self._local = self._sock.family in TCP and on_this_host(self._sock)
-        if self._before is not None or not self._local:
+        if not self._local or (self._before is not None and self._half == half % 2):
             return
         with suppress(OSError):
-            allowed = os.sched_getaffinity(0)
+            allowed = self._before or os.sched_getaffinity(0)
             if len(allowed) > 1:
-                os.sched_setaffinity(0, sorted(allowed)[half % 2 :: 2])
+                self._half = half % 2
+                os.sched_setaffinity(0, sorted(allowed)[self._half :: 2])
                 self._before = allowed
 
     def end(self) -> None:

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 
 class GuestDamaged(RuntimeError):
     """The guest found that its memory or state is not what it wrote."""
+
+
+def watch_at_once() -> None:
+    """Let the calling thread run as soon as it is woken, if it may: beside a guest that keeps its processor busy it
+    would wait for up to a scheduler's tick, of 4 ms, and take that for the guest's silence (seen in traces)."""
+    with suppress(PermissionError):
+        os.sched_setscheduler(threading.get_native_id(), os.SCHED_FIFO, os.sched_param(1))
 
 
 class Heartbeats:
@@ -33,6 +42,7 @@ class Heartbeats:
         threading.Thread(target=self._read, daemon=True).start()
 
     def _read(self) -> None:
+        watch_at_once()
         try:
             self._connection, _ = self._listener.accept()
             while data := self._connection.recv(65536):

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from kvmigrate.contract import RunState
 from kvmigrate.errors import HostError
 from kvmigrate.memory.prefault import Prefault
 from kvmigrate.memory.region import GuestMemory
@@ -60,6 +61,38 @@ def test_both_sides_share_all_processors_and_have_none_in_common() -> None:
     one, other = halves(0)
     assert one | other == ALLOWED and not one & other
     assert abs(len(one) - len(other)) <= 1
+
+
+@needs_two
+def test_a_side_may_move_over_to_the_others_half() -> None:
+    one, other = halves(0)
+    source, destination = connected()
+    with source, destination:
+        apart = Apart(source)
+        for half, expected in ((0, one), (1, other), (1, other), (2, one)):
+            apart.keep(half)
+            assert os.sched_getaffinity(0) == expected
+        apart.end()
+        assert os.sched_getaffinity(0) == ALLOWED
+
+
+@needs_two
+def test_a_source_leaves_its_processors_to_the_guest_that_went_on(
+    tmp_path: Path, source_machine: FakeMachine, receive: Receive, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[RunState, set[int]] = {}
+    pause = source_machine.pause
+
+    def spied(reason: RunState = RunState.PAUSED) -> None:
+        seen[reason] = os.sched_getaffinity(0)
+        pause(reason)
+
+    monkeypatch.setattr(source_machine, "pause", spied)
+    receiving = receive()
+    assert migrate(source_machine, receiving.address, tmp_path).error is None
+    receiving.join()
+    before, after = seen[RunState.FINISH_MIGRATE], seen[RunState.POSTMIGRATE]
+    assert before | after == ALLOWED and not before & after
 
 
 @needs_two
