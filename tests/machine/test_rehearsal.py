@@ -43,3 +43,31 @@ def test_a_machine_that_waits_is_as_it_was_after_any_number_of_warm_ups(
             target.load(source.save()).require()
         source.warm_up()
         assert len(own_loads) == (3 if nr_cpus == 1 else 0), "a source leaves its own alone"
+
+
+def test_a_pause_and_a_first_step_are_gone_through_with_another_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[str, Platform]] = []
+    let_go, park = Platform.let_go, Platform.park
+
+    def letting_go(platform: Platform) -> None:
+        seen.append(("let go", platform))
+        let_go(platform)
+
+    def parking(platform: Platform, timeout_ms: int) -> None:
+        park(platform, timeout_ms)
+        seen.append(("parked", platform))
+
+    monkeypatch.setattr(Platform, "let_go", letting_go)
+    monkeypatch.setattr(Platform, "park", parking)
+    with (
+        closing(machine_with(tmp_path, HANG)) as source,
+        closing(Machine.build(source.describe(), HostSide("there", "null"))) as target,
+    ):
+        for machine in (source, target):
+            seen.clear()
+            machine.warm_up()
+            assert [what for what, _ in seen] == ["let go", "parked"]
+            assert {platform for _, platform in seen}.isdisjoint({source.platform, target.platform})
+            assert [vcpu.nr_entries for vcpu in target.platform.vm.vcpus] == [0]
