@@ -140,6 +140,24 @@ def test_before_a_short_round_a_destination_warms_up_while_the_source_begins_it_
     assert receiving.machine is not None and receiving.machine.warmed_in == [RunState.INMIGRATE] * 2
 
 
+def test_a_destination_that_has_tried_the_state_warms_up_before_the_first_round_comes(
+    tmp_path: Path, source_machine: FakeMachine, receive: Receive, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warm = threading.Event()
+    start = source_machine.dirty_log.start
+    in_time: list[bool] = []
+
+    def starting() -> None:
+        in_time.append(warm.wait(5.0))
+        start()
+
+    monkeypatch.setattr(source_machine.dirty_log, "start", starting)
+    receiving = receive(prepare=lambda machine: setattr(machine, "warm_up", warm.set))
+    assert migrate(source_machine, receiving.address, tmp_path).error is None
+    settled(receiving)
+    assert in_time == [True]
+
+
 def test_a_destination_warms_up_once_it_has_answered_and_the_source_pauses(
     tmp_path: Path, source_machine: FakeMachine, receive: Receive, monkeypatch: pytest.MonkeyPatch
 ) -> None:
