@@ -21,7 +21,7 @@ def msr_is_lost(index: int) -> Iterator[tuple[type, str, Any]]:
         before = self._vcpu.get_msrs([index])
         outcomes = load(self, items)
         set_msrs(self._vcpu, before)
-        kept = before[index] == self.msrs.get(self.memory.saved("msrs"), index)
+        kept = before[index] == self.msrs.entry(self.memory.msrs, index).data
         return [Outcome(o.rc, o.exact and (kept or item != "msrs")) for item, o in zip(items, outcomes, strict=True)]
 
     yield Vcpu, "set_msrs", careless

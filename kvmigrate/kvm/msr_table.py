@@ -86,10 +86,6 @@ class MsrTable:
         """The ``struct kvm_msr_entry *`` of one MSR that is in the table at ``table``."""
         return ffi.cast("struct kvm_msr_entry *", table + self._places[index])
 
-    def get(self, table: Any, index: int) -> int | None:
-        """The value of one MSR in the table at ``table``; None when it is not in it."""
-        return int(self.entry(table, index).data) if index in self._places else None
-
     def values(self, table: Any) -> dict[int, int]:
         """All of the table at ``table``."""
         return {index: int(self.entry(table, index).data) for index in self._order}

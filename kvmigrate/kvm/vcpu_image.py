@@ -35,7 +35,6 @@ class _Memory(Image):
         self.tsc_offset: Any = self.saved("tsc_offset", "__u64 *") if shape.kind.has_tsc_offset else None
         self.xcrs = self.saved("xcrs", "struct kvm_xcrs *")
         self.msrs = self.saved("msrs")
-        self.held_msrs = self.held("msrs")
         if shape.kind.has_tsc_offset:
             attr = self.apart("struct kvm_device_attr *")
             attr.group, attr.attr = lib.KVM_VCPU_TSC_CTRL, lib.KVM_VCPU_TSC_OFFSET
@@ -56,14 +55,14 @@ class VcpuImage:
         self._nr_xcrs = vcpu.get_nr_xcrs()
         nested_state_bytes = vcpu.host.nested_state_bytes
         self.has_nested_state = nested_state_bytes > 0
-        self.has_tsc_offset = vcpu.has_tsc_offset
         self._shape = shape_of(
-            Kind(self.sregs, self._nr_xcrs, vcpu.xsave_bytes, nested_state_bytes, self.has_tsc_offset, self.msrs)
+            Kind(self.sregs, self._nr_xcrs, vcpu.xsave_bytes, nested_state_bytes, vcpu.has_tsc_offset, self.msrs)
         )
         self.memory = _Memory(self._shape, vcpu.id)
         self._saved_apart = [(i, self.msrs.entry(self.memory.msrs, i)) for i in APART if i in self.msrs]
         self._asked = [entry for i, entry in self._saved_apart if i in WALL_CLOCKS]
-        self._calls = [*self.msrs.calls(self.memory.msrs), *self.msrs.calls(self.memory.held_msrs, compared=True)]
+        held = self.memory.held("msrs")
+        self._calls = [*self.msrs.calls(self.memory.msrs), *self.msrs.calls(held, compared=True)]
 
     def key(self, item: str) -> str:
         """The key of ``item`` on the wire."""

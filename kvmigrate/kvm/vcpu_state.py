@@ -71,7 +71,7 @@ def _taken(
     if flags or own != vcpu.id or not 1 <= khz <= _MAX_KHZ:
         raise BadField(f"{where}: xcrs.flags is {flags}, id {own} and tsc_khz {khz}, which no vCPU {vcpu.id} has")
     parse_xsave(memory.saved_bytes("xsave"), vcpu.host, vcpu.xsave_bytes, f"{where}.xsave")
-    offset = memory.tsc_offset[0] if image.has_tsc_offset else None
+    offset = None if memory.tsc_offset is None else memory.tsc_offset[0]
     msrs = image.msrs_apart()
     image.ask_no_time()
     return ParsedVcpu(cpuid, cpuid_packed, image, SavedTsc(khz, msrs.get(msr.IA32_TSC, 0), offset), msrs)

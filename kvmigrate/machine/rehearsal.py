@@ -30,8 +30,8 @@ def rehearse_load() -> None:
 
 
 def warm_up() -> None:
-    """Save it each time: what is done next is still in the processor's caches then. Half a millisecond, once
-    :func:`rehearse` was called."""
+    """Let it go on, park and save it each time: what is done next is still in the processor's caches then. Half a
+    millisecond, once :func:`rehearse` was called."""
     with _lock:
         _go_on_and_park()
         for section in save_sections(_scratch()):
