@@ -203,7 +203,10 @@ def test_any_fault_on_one_of_several_connections_resumes_the_source(
     write_when_saved(large, 8 * PART_PAGES, b"last")
     receiving = receive(in_doubt_ms=200.0, timeout_ms=patience_ms(action))
     proxy = proxy_to(receiving, Rule(direction, 0, action, at=40, connection=3, kind=kind))
-    outcome = migrate(large, proxy.address, tmp_path, timeout_ms=patience_ms(action), connections=3)
+    # So slow that the third one gets pages too, whatever else the machine does.
+    outcome = migrate(
+        large, proxy.address, tmp_path, timeout_ms=patience_ms(action), connections=3, bandwidth_bytes_s=100 * MIB
+    )
     assert outcome.error is not None
     assert "\n" not in str(outcome.error)
     check_resumed(large)
