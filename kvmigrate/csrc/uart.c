@@ -99,6 +99,7 @@ static void transmit(struct kmig_uart *uart, uint8_t value)
     uart->s.tx[uart->wr++ % KMIG_UART_TX_BYTES] = value;
     uart->refused |= uart->paused;
     kmig_uart_tx_changed(uart, was_ready);
+    kmig_uart_send_first(uart);
     kmig_uart_wake_sender(uart);
 }
 

@@ -19,12 +19,14 @@ struct kmig_uart {
     uint32_t rd;
     uint32_t wr;
     uint32_t told;              // the guest was told that the bytes before this one have left
+    uint32_t nr_ahead;          // so many of the first bytes in the queue have left already
     bool refused;               // the back-end took no more; the queue is not empty
     bool paused;
     bool quit;
     bool level;
     enum kmig_uart_sender sender;
     uint64_t worked_from_ns;    // CPU time of the sending thread when kmig_uart_wait last came back
+    int socket_fd;              // where the back-end sends, -1 where it must do so itself
     int vm_fd;                  // -1: the line is not ours
     uint32_t gsi;
 };
@@ -55,6 +57,9 @@ void kmig_uart_update_irq(struct kmig_uart *uart);
 
 // After the queue or `refused` changed; was_ready is what kmig_uart_tx_ready said before.
 void kmig_uart_tx_changed(struct kmig_uart *uart, bool was_ready);
+
+// Send the first byte after a silence at once: nobody has to wake up for it, nor to wait for the interpreter.
+void kmig_uart_send_first(struct kmig_uart *uart);
 
 // Wake the thread that sends, if there is something for it.
 void kmig_uart_wake_sender(struct kmig_uart *uart);

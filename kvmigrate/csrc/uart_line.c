@@ -4,6 +4,7 @@
 #include <stddef.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/socket.h>
 #include <time.h>
 
 #define POWER_ON_DIVISOR 12             // 9600 baud
@@ -26,7 +27,7 @@ int kmig_uart_create(struct kmig_uart **ret)
 
     if (!uart)
         return -ENOMEM;
-    uart->vm_fd = -1;
+    uart->vm_fd = uart->socket_fd = -1;
     uart->paused = true;
     pthread_mutex_init(&uart->lock, NULL);
     pthread_condattr_init(&attr);
@@ -55,10 +56,17 @@ void kmig_uart_connect(struct kmig_uart *uart, int vm_fd, uint32_t gsi)
     pthread_mutex_unlock(&uart->lock);
 }
 
-// Copy the ring's first nr_bytes. Under the lock.
-static void peek(const struct kmig_uart *uart, uint8_t *ret, uint32_t nr_bytes)
+void kmig_uart_send_to(struct kmig_uart *uart, int socket_fd)
 {
-    uint32_t at = uart->rd % KMIG_UART_TX_BYTES;
+    pthread_mutex_lock(&uart->lock);
+    uart->socket_fd = socket_fd;
+    pthread_mutex_unlock(&uart->lock);
+}
+
+// Copy nr_bytes of the ring, from its byte `from` on. Under the lock.
+static void peek(const struct kmig_uart *uart, uint32_t from, uint8_t *ret, uint32_t nr_bytes)
+{
+    uint32_t at = (uart->rd + from) % KMIG_UART_TX_BYTES;
     uint32_t first = KMIG_UART_TX_BYTES - at < nr_bytes ? KMIG_UART_TX_BYTES - at : nr_bytes;
 
     memcpy(ret, uart->s.tx + at, first);
@@ -69,10 +77,10 @@ void kmig_uart_get(struct kmig_uart *uart, struct kmig_uart_state *ret)
 {
     pthread_mutex_lock(&uart->lock);
     *ret = uart->s;
-    ret->nr_tx = kmig_uart_nr_waiting(uart);
+    ret->nr_tx = kmig_uart_nr_waiting(uart) - uart->nr_ahead;
     // Who sets this state takes what waits for refused, and so the transmitter for full. Paused, it is so here too.
     ret->thre_pending &= ret->nr_tx == 0;
-    peek(uart, ret->tx, ret->nr_tx);
+    peek(uart, uart->nr_ahead, ret->tx, ret->nr_tx);
     pthread_mutex_unlock(&uart->lock);
 }
 
@@ -80,7 +88,7 @@ void kmig_uart_set(struct kmig_uart *uart, const struct kmig_uart_state *state)
 {
     pthread_mutex_lock(&uart->lock);
     uart->s = *state;
-    uart->rd = uart->told = 0;
+    uart->rd = uart->told = uart->nr_ahead = 0;
     uart->wr = state->nr_tx;
     uart->refused = state->nr_tx > 0;
     pthread_mutex_unlock(&uart->lock);
@@ -97,6 +105,15 @@ void kmig_uart_reset(struct kmig_uart *uart)
 static bool has_work(const struct kmig_uart *uart, uint32_t enough)
 {
     return uart->quit || (!uart->refused && !uart->paused && kmig_uart_nr_waiting(uart) >= enough);
+}
+
+void kmig_uart_send_first(struct kmig_uart *uart)
+{
+    if (uart->socket_fd < 0 || uart->sender != KMIG_SENDER_IDLE || kmig_uart_nr_waiting(uart) != 1 || !has_work(uart, 1))
+        return;
+    // Who sends on this socket besides us does so while bytes wait.
+    const uint8_t *first = uart->s.tx + uart->rd % KMIG_UART_TX_BYTES;
+    uart->nr_ahead = send(uart->socket_fd, first, 1, MSG_DONTWAIT | MSG_NOSIGNAL) == 1;
 }
 
 void kmig_uart_wake_sender(struct kmig_uart *uart)
@@ -147,7 +164,15 @@ uint32_t kmig_uart_waiting(struct kmig_uart *uart, uint8_t *ret)
 {
     pthread_mutex_lock(&uart->lock);
     uint32_t nr = kmig_uart_nr_waiting(uart);
-    peek(uart, ret, nr);
+    peek(uart, 0, ret, nr);
+    pthread_mutex_unlock(&uart->lock);
+    return nr;
+}
+
+uint32_t kmig_uart_ahead(struct kmig_uart *uart)
+{
+    pthread_mutex_lock(&uart->lock);
+    uint32_t nr = uart->nr_ahead;
     pthread_mutex_unlock(&uart->lock);
     return nr;
 }
@@ -158,6 +183,7 @@ void kmig_uart_sent(struct kmig_uart *uart, uint32_t nr_bytes, int refused)
     bool was_ready = kmig_uart_tx_ready(uart);
     uint32_t nr = kmig_uart_nr_waiting(uart);
     uart->rd += nr_bytes < nr ? nr_bytes : nr;
+    uart->nr_ahead -= nr_bytes < uart->nr_ahead ? nr_bytes : uart->nr_ahead;
     uart->refused = refused && kmig_uart_nr_waiting(uart);
     kmig_uart_tx_changed(uart, was_ready);
     kmig_uart_update_irq(uart);

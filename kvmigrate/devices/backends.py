@@ -48,12 +48,21 @@ class Backend:
         It is the backend's own."""
         return None
 
+    @property
+    def socket_fd(self) -> int:
+        """A socket to which a UART may send by itself what it then tells by :meth:`was_sent`; -1 where there is none.
+        It is the backend's own."""
+        return -1
+
     def attach(self, uart: Uart) -> None:
         """Serve ``uart`` from now on."""
 
     def write(self, data: bytes) -> int:
         """Send ``data`` without blocking; returns how many bytes were taken. Called with the UART's lock held."""
         return len(data)
+
+    def was_sent(self, data: bytes) -> None:
+        """``data`` was sent to :attr:`socket_fd`, before what :meth:`write` gets after this. Called like that."""
 
     def wake(self) -> None:
         """Tell the backend's thread that the UART has room again, or bytes to send. Never blocks."""
@@ -202,8 +211,12 @@ class UnixBackend(PollBackend):
         # Bytes sent one at a time cost some 800 bytes of this buffer each (unix(7), SO_SNDBUF).
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
         connection.setblocking(False)
-        fd = connection.detach()
-        super().__init__(f"{owner} unix:{path}", fd, fd)
+        self._socket_fd = connection.detach()
+        super().__init__(f"{owner} unix:{path}", self._socket_fd, self._socket_fd)
+
+    @property
+    def socket_fd(self) -> int:
+        return self._socket_fd
 
 
 class PtyBackend(PollBackend):

@@ -10,6 +10,8 @@ state, so what was not sent here is sent after a migration, once.
 What the guest writes is sent by a thread of the UART's own, which wakes for the first byte after a silence and then
 takes what has come meanwhile, so that a log of many lines costs the guest neither a turn of the interpreter nor a write
 to the backend for each byte. A pause, the guest's end, and every access that does come here send what waits at once.
+That first byte itself is sent by the vCPU, where the backend has a socket: the thread waits for the interpreter, which
+after a migration is busy just when somebody listens for the guest's first sign of life.
 
 Received bytes are taken from the backend only when the FIFO has room, so input is never lost either; the only overrun
 is the guest's own, in loopback. The character timeout (IIR 0x0c) is raised as soon as bytes wait below the trigger
@@ -81,6 +83,7 @@ class Serial(Device):
     def start(self) -> None:
         """Start the thread that sends what the guest writes without coming here, before any does: call :meth:`close`.
         """
+        lib.kmig_uart_send_to(self.handle, self._backend.socket_fd)
         self._thread = Thread(self._send_forever)
         self._thread.start()
 
@@ -154,7 +157,8 @@ class Serial(Device):
         if not size:
             return
         data = bytes(ffi.buffer(self._waiting, size))
-        sent = 0
+        if sent := lib.kmig_uart_ahead(self.handle):
+            self._backend.was_sent(data[:sent])
         while sent < size and (taken := self._backend.write(data[sent:])):
             sent += taken
         lib.kmig_uart_sent(self.handle, sent, sent < size)

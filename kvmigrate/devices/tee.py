@@ -52,6 +52,14 @@ class Tee(Backend):
             self._tell(data[:taken])
         return taken
 
+    @property
+    def socket_fd(self) -> int:
+        return self._backend.socket_fd
+
+    def was_sent(self, data: bytes) -> None:
+        """See :meth:`Backend.was_sent`."""
+        self._tell(data)
+
     def _tell(self, data: bytes) -> None:
         with self._lock:
             if self._listener is not None:

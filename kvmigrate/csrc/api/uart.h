@@ -62,12 +62,15 @@ void kmig_uart_write(struct kmig_uart *uart, uint32_t offset, uint8_t value);
 int kmig_uart_is_full(struct kmig_uart *uart);
 
 // The line. Input: how many bytes could be taken now, and taking them. Output: a copy of what waits (returns how much),
-// and that nr_bytes of it are gone; `refused` says that the back-end took no more for now.
+// and that nr_bytes of it are gone; `refused` says that the back-end took no more for now. Where the back-end's socket is
+// known (-1: not any more), the core sends the first byte after a silence: `ahead` says how many of what waits have left.
 uint32_t kmig_uart_room(struct kmig_uart *uart);
 void kmig_uart_receive(struct kmig_uart *uart, const uint8_t *data, uint32_t nr_bytes);
 uint32_t kmig_uart_waiting(struct kmig_uart *uart, uint8_t *ret);
 void kmig_uart_sent(struct kmig_uart *uart, uint32_t nr_bytes, int refused);
 int kmig_uart_refused(struct kmig_uart *uart);
+void kmig_uart_send_to(struct kmig_uart *uart, int socket_fd);
+uint32_t kmig_uart_ahead(struct kmig_uart *uart);
 
 // For the thread that sends: wait until bytes wait that the back-end did not refuse. Returns 1, or 0 after
 // kmig_uart_quit. It comes back at once for the first byte after a silence, then so seldom that the thread takes a small
