@@ -89,6 +89,7 @@ def run_incoming(
 ) -> int:
     """Wait at ``address`` for one guest, take it over and stay until it ends. A guest with ``prefault_bytes`` of memory
     finds all of it touched."""
+    from ..machine import spare_vm
     from ..machine.rehearsal import rehearse
     from ..machine.trial import TrialMachine
     from ..migration.address import Listener
@@ -109,6 +110,7 @@ def run_incoming(
 
         # Before a source comes: it would wait for it.
         rehearse()
+        spare_vm.set_aside()
         if show is not None:
             session.on_arrival = show
         print(f"kvmigrate: {here.name} waits for a guest at {listener.address}", file=sys.stderr, flush=True)

@@ -22,6 +22,7 @@ class Host:
     can_scale_tsc: bool
     has_tsc_deadline: bool
     nested_state_bytes: int
+    mce_capabilities: int
 
     @cached_property
     def packed_cpuid(self) -> bytes:

@@ -124,5 +124,6 @@ class System:
                 can_scale_tsc=bool(self.check_extension("TSC_CONTROL")),
                 has_tsc_deadline=bool(self.check_extension("TSC_DEADLINE_TIMER")),
                 nested_state_bytes=self.check_extension("NESTED_STATE"),
+                mce_capabilities=self.mce_capabilities(),
             )
         return System._host

@@ -123,10 +123,8 @@ class Vm:
         msi.address_lo, msi.address_hi, msi.data = address & 0xFFFFFFFF, address >> 32, data
         return check(lib.kmig_ioctl(self.fd, lib.KVM_SIGNAL_MSI, msi), "KVM_SIGNAL_MSI") > 0
 
-    def create_vcpu(
-        self, vcpu_id: int, *, cpuid: Sequence[Value] | None = None, kick: int | None = None
-    ) -> Vcpu:
-        """A new vCPU in this VM's group, with ``cpuid``, or all that the host supports, as its CPUID.
+    def add_vcpu(self, vcpu_id: int, *, kick: int | None = None) -> Vcpu:
+        """A new vCPU in this VM's group, which has no CPUID that it could run with: set it before anything else.
 
         ``kick`` is a KMIG_KICK_…; by default what the kernel can do."""
         fd = check(lib.kmig_ioctl_value(self.fd, lib.KVM_CREATE_VCPU, vcpu_id), "KVM_CREATE_VCPU")
@@ -140,6 +138,11 @@ class Vm:
             raise
         self.vcpus.append(vcpu)
         vcpu.offer_cpuid()
+        return vcpu
+
+    def create_vcpu(self, vcpu_id: int, *, cpuid: Sequence[Value] | None = None, kick: int | None = None) -> Vcpu:
+        """The same with ``cpuid``, or all that the host supports, as its CPUID."""
+        vcpu = self.add_vcpu(vcpu_id, kick=kick)
         if cpuid is None:
             vcpu.set_cpuid2_packed(self.host.packed_cpuid)
         else:

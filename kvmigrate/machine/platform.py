@@ -11,11 +11,12 @@ from ..devices.bus import Device, MmioBus, PioBus
 from ..devices.end import GuestEnd
 from ..devices.tee import Tee
 from ..kvm.cpuid import compare_cpuid
-from ..kvm.system import System, capability
+from ..kvm.system import capability
 from ..kvm.vm import Vm
 from ..memory.dirty import LogMode
 from ..memory.region import GuestMemory
 from ..state.fidelity import Fidelity
+from . import spare_vm
 from .description import CpuidTable
 from .specs import VirtioSpec
 from .virtio import HOST, Backings, VirtioBus
@@ -76,22 +77,19 @@ class Platform:
         return backend, port
 
     def _create_vm(self, cpuid: Sequence[CpuidTable]) -> Vm:
-        with System.open() as system:
-            vm = system.create_vm()
-            mcg_cap = NR_MCE_BANKS | system.mce_capabilities() & MCG_CTL_P
+        vm = spare_vm.take()
         self._kernel.callback(vm.close)
-        # Memory before the interrupt chips: a new slot waits until no reader of the old slots is left (SRCU, virt/kvm),
-        # and right after the chips' own such changes that took 6 ms instead of 0.1 (measured).
+        # Memory before the interrupt chips, unless they have been there for long: a new slot waits until no reader of
+        # the old slots is left (SRCU, virt/kvm), and right after the chips' own such changes that took 6 ms instead of
+        # 0.1 (measured).
         self.memory.attach(vm.fd)
-        # The addresses and the interrupt chips come before the first vCPU (KVM api.rst, KVM_SET_IDENTITY_MAP_ADDR and
-        # KVM_CREATE_IRQCHIP), since a vCPU gets its local APIC when it is created.
-        vm.set_tss_addr()
-        vm.set_identity_map_addr()
-        vm.create_irqchip()
-        vm.create_pit()
+        if not vm.vcpus:
+            spare_vm.furnish(vm)
+        mcg_cap = NR_MCE_BANKS | vm.host.mce_capabilities & MCG_CTL_P
         for vcpu_id, table in enumerate(cpuid):
+            vcpu = vm.vcpus[vcpu_id] if vcpu_id < len(vm.vcpus) else vm.add_vcpu(vcpu_id)
             # CPUID comes before any access to an MSR: since Linux 6.13 MSRs that CPUID does not announce read as 0.
-            vcpu = vm.create_vcpu(vcpu_id, cpuid=table)
+            vcpu.set_cpuid2(table)
             vcpu.setup_mce(mcg_cap)
         return vm
 

@@ -66,6 +66,8 @@ def main(snapshot: Path) -> None:
         print(began, flush=True)
         sys.stdin.readline()
         machine.close()
+        # What can be done for the next guest is done while there is time, as in a program that embeds guests.
+        api.rehearse()
         print("closed", flush=True)
 
 

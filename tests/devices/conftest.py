@@ -14,7 +14,7 @@ import pytest
 from kvmigrate.devices.backends import Backend, UnixBackend
 from kvmigrate.devices.serial import Serial
 
-WAIT_S = 10.0
+WAIT_S = 60.0
 
 
 def wait_until(condition: Callable[[], bool], what: str) -> None:

@@ -1,0 +1,89 @@
+"""A VM that is made before its guest: taken once, and no other than one that is made in time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing, suppress
+from pathlib import Path
+
+import pytest
+
+from kvmigrate.config import HostSide
+from kvmigrate.kvm.clocks import without_vcpu_clocks, without_vm_clocks
+from kvmigrate.kvm.vm import Vm
+from kvmigrate.machine import spare_vm
+from kvmigrate.machine.machine import Machine
+from kvmigrate.state.section import Section
+
+from .boot_sector import HANG, machine_with
+
+pytestmark = pytest.mark.kvm
+
+
+@pytest.fixture(autouse=True)
+def none_left() -> Iterator[None]:
+    """No VM is set aside before or after a test."""
+    spare_vm.take().close()
+    yield
+    spare_vm.take().close()
+
+
+def set_aside() -> Vm:
+    """Have a VM set aside, and look at it."""
+    spare_vm.set_aside()
+    [vm] = spare_vm._spare
+    return vm
+
+
+def nr_vms() -> int:
+    """How many VMs this process has."""
+    found = 0
+    for link in Path("/proc/self/fd").iterdir():
+        # One of them was for looking at the directory.
+        with suppress(FileNotFoundError):
+            found += link.readlink() == Path("anon_inode:kvm-vm")
+    return found
+
+
+def built(source: Machine) -> Machine:
+    return Machine.build(source.describe(), HostSide("there", "null"))
+
+
+def standing(sections: list[Section]) -> dict[str, object]:
+    """All of a state but what goes on by itself."""
+    without = {"vm": without_vm_clocks, "vcpu": without_vcpu_clocks}
+    return {s.name: without.get(s.name.rstrip("0123456789"), dict)(s.body) for s in sections}
+
+
+def test_one_is_kept_however_often_it_is_asked_for() -> None:
+    vm, before = set_aside(), nr_vms()
+    assert set_aside() is vm
+    assert nr_vms() == before
+
+
+@pytest.mark.parametrize("nr_cpus", [1, 3])
+def test_the_next_machine_is_made_of_it_and_the_one_after_that_is_the_same_without(
+    tmp_path: Path, nr_cpus: int
+) -> None:
+    with closing(machine_with(tmp_path, HANG, nr_cpus=nr_cpus)) as source:
+        vm = set_aside()
+        with closing(built(source)) as first, closing(built(source)) as second:
+            assert first.platform.vm is vm
+            assert second.platform.vm is not vm
+            assert first.platform.held_cpuid() == second.platform.held_cpuid()
+            assert standing(first.save()) == standing(second.save())
+            counts = [machine.load(source.save()).counts() for machine in (first, second)]
+            assert counts[0] == counts[1]
+            assert counts[0]["refused"] == 0
+
+
+def test_a_vm_that_cannot_be_furnished_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(vm: object) -> None:
+        raise OSError
+
+    before = nr_vms()
+    monkeypatch.setattr(spare_vm, "furnish", refused)
+    with pytest.raises(OSError):
+        spare_vm.set_aside()
+    assert nr_vms() == before
+    assert not spare_vm._spare
