@@ -39,10 +39,11 @@ from .state.fidelity import Fidelity
 
 def rehearse() -> None:
     """Do for the next :func:`restore` of this process what can be done before it: go through a load, once per process,
-    and make a VM, of which one is kept. About 20 ms the first time, 1 ms after a restore, nothing otherwise. Raises
+    and make a VM, of which one is kept. About 20 ms the first time, 10 ms after a restore, nothing otherwise. Raises
     :class:`HostError`."""
-    rehearsal.rehearse()
     spare_vm.set_aside()
+    rehearsal.rehearse()
+    spare_vm.wait_until_rested()
 
 
 def send(

@@ -109,8 +109,8 @@ def run_incoming(
             return TrialMachine.examine(description, here, touched_bytes=spare.touched_bytes if spare else 0)
 
         # Before a source comes: it would wait for it.
-        rehearse()
         spare_vm.set_aside()
+        rehearse()
         if show is not None:
             session.on_arrival = show
         print(f"kvmigrate: {here.name} waits for a guest at {listener.address}", file=sys.stderr, flush=True)

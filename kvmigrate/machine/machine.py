@@ -18,6 +18,7 @@ from ..memory.dirty import DirtyLog, LogMode
 from ..memory.region import GuestMemory
 from ..state.fidelity import Fidelity
 from ..state.section import Section, Value, pack
+from . import spare_vm
 from .boot_source import BootSource
 from .cpus import PAUSE_TIMEOUT_MS, CpuThreads
 from .description import Description
@@ -74,6 +75,7 @@ class Machine:
             self._end_guest,
             description.virtio,
             make_memory=make_memory,
+            make_vm=spare_vm.take,
         )
         self.description = description.completed(
             self.platform.device_versions(), self.platform.tsc_khz, self.platform.held_cpuid()

@@ -43,6 +43,7 @@ class Platform:
         virtio: Sequence[VirtioSpec] = (),
         backings: Backings = HOST,
         make_memory: Callable[[int], GuestMemory] = GuestMemory,
+        make_vm: Callable[[], Vm] = spare_vm.create,
     ) -> None:
         self._closers: list[Callable[[], None]] = []
         try:
@@ -52,7 +53,9 @@ class Platform:
             self._kernel = ExitStack()
             self._closers.append(self._kernel.close)
             self.backend, self.serial = self._open_serial(serial_spec)
-            self.vm = self._create_vm(cpuid)
+            self.vm = make_vm()
+            self._kernel.callback(self.vm.close)
+            self._furnish_vm(cpuid)
             # The very same tables where the kernel made no others of them: nobody has to compare them while a guest
             # waits.
             pairs = zip((vcpu.cpuid for vcpu in self.vm.vcpus), cpuid, strict=True)
@@ -76,12 +79,9 @@ class Platform:
         port.start()
         return backend, port
 
-    def _create_vm(self, cpuid: Sequence[CpuidTable]) -> Vm:
-        vm = spare_vm.take()
-        self._kernel.callback(vm.close)
-        # Memory before the interrupt chips, unless they have been there for long: a new slot waits until no reader of
-        # the old slots is left (SRCU, virt/kvm), and right after the chips' own such changes that took 6 ms instead of
-        # 0.1 (measured).
+    def _furnish_vm(self, cpuid: Sequence[CpuidTable]) -> None:
+        vm = self.vm
+        # Memory before the interrupt chips, unless those have been there for long, see RESTS_FOR_S.
         self.memory.attach(vm.fd)
         if not vm.vcpus:
             spare_vm.furnish(vm)
@@ -91,7 +91,6 @@ class Platform:
             # CPUID comes before any access to an MSR: since Linux 6.13 MSRs that CPUID does not announce read as 0.
             vcpu.set_cpuid2(table)
             vcpu.setup_mce(mcg_cap)
-        return vm
 
     def _wire(self, memory_bytes: int, end: Callable[[GuestEnd], None]) -> dict[str, Device]:
         self.serial.connect(self.vm.fd)

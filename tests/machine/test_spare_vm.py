@@ -13,6 +13,7 @@ from kvmigrate.kvm.clocks import without_vcpu_clocks, without_vm_clocks
 from kvmigrate.kvm.vm import Vm
 from kvmigrate.machine import spare_vm
 from kvmigrate.machine.machine import Machine
+from kvmigrate.machine.trial import TrialMachine
 from kvmigrate.state.section import Section
 
 from .boot_sector import HANG, machine_with
@@ -23,16 +24,18 @@ pytestmark = pytest.mark.kvm
 @pytest.fixture(autouse=True)
 def none_left() -> Iterator[None]:
     """No VM is set aside before or after a test."""
-    spare_vm.take().close()
+    while spare_vm._spare:
+        spare_vm._spare.pop().vm.close()
     yield
-    spare_vm.take().close()
+    while spare_vm._spare:
+        spare_vm._spare.pop().vm.close()
 
 
 def set_aside() -> Vm:
     """Have a VM set aside, and look at it."""
     spare_vm.set_aside()
-    [vm] = spare_vm._spare
-    return vm
+    [spare] = spare_vm._spare
+    return spare.vm
 
 
 def nr_vms() -> int:
@@ -67,6 +70,7 @@ def test_the_next_machine_is_made_of_it_and_the_one_after_that_is_the_same_witho
 ) -> None:
     with closing(machine_with(tmp_path, HANG, nr_cpus=nr_cpus)) as source:
         vm = set_aside()
+        spare_vm.wait_until_rested()
         with closing(built(source)) as first, closing(built(source)) as second:
             assert first.platform.vm is vm
             assert second.platform.vm is not vm
@@ -75,6 +79,22 @@ def test_the_next_machine_is_made_of_it_and_the_one_after_that_is_the_same_witho
             counts = [machine.load(source.save()).counts() for machine in (first, second)]
             assert counts[0] == counts[1]
             assert counts[0]["refused"] == 0
+
+
+def test_a_machine_does_not_wait_for_one_that_has_not_rested(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spare_vm, "RESTS_FOR_S", 60.0)
+    vm = set_aside()
+    with closing(spare_vm.take()) as other:
+        assert other is not vm
+    assert set_aside() is vm, "it rests on"
+
+
+def test_only_a_guests_own_machine_takes_it(tmp_path: Path) -> None:
+    with closing(machine_with(tmp_path, HANG)) as source:
+        vm = set_aside()
+        spare_vm.wait_until_rested()
+        TrialMachine.examine(source.describe(), HostSide("there", "null")).close()
+        assert set_aside() is vm
 
 
 def test_a_vm_that_cannot_be_furnished_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
