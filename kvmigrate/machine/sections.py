@@ -23,7 +23,7 @@ def section_names(platform: Platform) -> list[str]:
 
 
 def _kernel_names(platform: Platform) -> tuple[str, ...]:
-    return _numbered(len(platform.vm.vcpus))
+    return kernel_names(len(platform.vm.vcpus))
 
 
 def _vcpu_names(platform: Platform) -> tuple[str, ...]:
@@ -31,7 +31,8 @@ def _vcpu_names(platform: Platform) -> tuple[str, ...]:
 
 
 @cache
-def _numbered(nr_vcpus: int) -> tuple[str, ...]:
+def kernel_names(nr_vcpus: int) -> tuple[str, ...]:
+    """The sections of what the kernel keeps."""
     return "vm", *(f"vcpu{number}" for number in range(nr_vcpus))
 
 
