@@ -44,10 +44,21 @@ void kmig_backend_keep_private(void *at, uint64_t size_bytes)
     madvise(at, size_bytes, MADV_DONTFORK);
 }
 
+// A kernel without transparent huge pages refuses this; memory is then slower to touch and works all the same.
+static void want_huge(void *at, uint64_t size_bytes, bool wanted)
+{
+    madvise(at, size_bytes, wanted ? MADV_HUGEPAGE : MADV_NOHUGEPAGE);
+}
+
+void kmig_memory_want_huge(struct kmig_memory *memory, int wanted)
+{
+    for (uint32_t i = 0; i < memory->nr_slots; i++)
+        want_huge(memory->slot[i].hva, bytes_of(&memory->slot[i]), wanted);
+}
+
 static void advise(void *at, uint64_t size_bytes)
 {
-    // A kernel without transparent huge pages refuses this; memory is then slower to touch and works all the same.
-    madvise(at, size_bytes, MADV_HUGEPAGE);
+    want_huge(at, size_bytes, true);
     kmig_backend_keep_private(at, size_bytes);
 }
 

@@ -103,6 +103,11 @@ class GuestMemory:
         """Touch ``nr_pages`` from ``gfn`` on, so that they take no fault later. Raises :class:`HostError`."""
         check(lib.kmig_memory_prefault(self.handle, gfn, nr_pages), f"touching {nr_pages} pages at gfn {gfn:#x}")
 
+    def want_huge(self, wanted: bool) -> None:
+        """Whether memory that is touched from now on becomes huge pages, as it does at first where the host has them
+        for the asking (madvise(2), MADV_HUGEPAGE). The first touch of a page then takes the kernel 2 MiB to clear."""
+        lib.kmig_memory_want_huge(self.handle, wanted)
+
     def clear(self) -> None:
         """Make all of it zero and mark what held anything as dirty. Nothing may write meanwhile; copying may go on.
         Raises :class:`HostError`, with some of it cleared."""

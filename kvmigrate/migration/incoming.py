@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from enum import Enum
 
+from ..config import PAGE_BYTES
 from ..contract import Builder, Migratable, RunState
 from ..errors import BadChecksum, BadField
 from ..memory.prefault import Prefault
@@ -20,7 +21,7 @@ from .custody import Custody
 from .delta import DELTA, Offer
 from .further import Further
 from .joining import CONNECTIONS, Join
-from .pages import PAGES_DELTA, PAGES_ZSTD, Decompressor
+from .pages import ANNOUNCED_PAGES, PAGES_DELTA, PAGES_ZSTD, Decompressor
 from .trying import answer_check, read_description, take_check
 from .warming import WarmUp
 
@@ -62,6 +63,7 @@ class Incoming:
         self._quiet = ExitStack()
         self._warm_up = WarmUp(channel.abort)
         self._prefault: Prefault | None = None
+        self._is_sparse = False
         self._build_ms = 0.0
         self._load_ms = 0.0
         self._spin = False
@@ -97,6 +99,10 @@ class Incoming:
         self._channel.apart.end()
         self._stop_prefault()
         self._further.stop()
+        if self._is_sparse:
+            self._is_sparse = False
+            # What the guest touches from now on is its own matter.
+            self._built().memory.want_huge(True)
 
     def join(self, channel: Channel, frame: Frame) -> None:
         """Take a further connection, which begins with JOIN; from any thread. Raises :class:`StreamError` and
@@ -155,6 +161,10 @@ class Incoming:
     def _check(self, frame: Frame) -> State:
         check, sections = take_check(self._channel, frame)
         answer_check(self._channel, check, sections, self._built().trial(), self._build_ms)
+        if check.resident_bytes < ANNOUNCED_PAGES * PAGE_BYTES:
+            # A handful of pages, for each of which the host may have to find and clear 2 MiB.
+            self._built().memory.want_huge(False)
+            self._is_sparse = True
         # The source turns its dirty log on now: for a short round this time is not to be had again.
         self._warm_up.go(self._built())
         # From here on nothing is started that would inherit this, but for what lifts it first.

@@ -75,6 +75,9 @@ long kmig_memory_resident_runs(struct kmig_memory *memory, uint64_t *runs, uint6
 // Touch nr_pages from gfn on so that they take no fault later.
 int kmig_memory_prefault(struct kmig_memory *memory, uint64_t gfn, uint64_t nr_pages);
 
+// Whether what is touched from now on becomes huge pages, where the host has them for the asking. At first it does.
+void kmig_memory_want_huge(struct kmig_memory *memory, int wanted);
+
 // Make all of RAM zero by giving its pages back, those of a mapped file too, and mark host_dirty what held anything: rounds
 // that are under way send it again. Huge pages that were set aside are kept and written over. No vCPU and no device may
 // write meanwhile. After an error RAM may be cleared in part.
