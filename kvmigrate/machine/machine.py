@@ -27,11 +27,11 @@ from .generation import new_generation_id, write_generation
 from .loading import load_image
 from .own_trial import OwnTrial
 from .platform import Platform
-from .rehearsal import load_own, rehearse, rehearse_load, saved_own, warm_up, warm_up_resume
+from .rehearsal import load_own, rehearse, rehearse_load, warm_up, warm_up_resume
 from .reset import Boot, PowerOn, pending_section, take_pending
 from .runstate import RunStateBox
 from .sampling import Sampler
-from .sections import load_devices, load_kernel, load_sections, save_devices, save_kernel
+from .sections import load_devices, load_kernel, load_sections, save_devices, save_kernel, save_sections
 
 _RESETTABLE = frozenset({RunState.RUNNING, RunState.PAUSED, RunState.PRELAUNCH})
 
@@ -63,7 +63,6 @@ class Machine:
         self._ending = threading.Lock()
         self._pending_reset: GuestEnd | None = None
         self._begun: Fidelity | None = None
-        self._own_state: list[bytes] = []
         self._resetter: threading.Thread | None = None
         self._closed = False
         self.on_end: Callable[[GuestEnd], None] = lambda _: None
@@ -81,7 +80,9 @@ class Machine:
             self.platform.device_versions(), self.platform.tsc_khz, self.platform.held_cpuid()
         )
         self._dirty_log = DirtyLog(self.platform.memory, log_mode or self.platform.best_log_mode())
-        self._power_on = PowerOn(self.platform, self.description.boot)
+        # Saved once for all who may want it back, while nobody waits: it also finds out what a later save will read.
+        self._new = save_sections(self.platform)
+        self._power_on = PowerOn(self.platform, self.description.boot, self._new)
         handler = ExitHandler(self.platform.pio, self.platform.mmio, self._end_guest)
         self.cpus = CpuThreads(self.platform.vm.group, self.platform.vm.vcpus, handler, self._finish)
 
@@ -282,8 +283,7 @@ class Machine:
             rehearse_load()
         else:
             # It has never run, so it can go through its own load: that warms the kernel's side of it too.
-            self._own_state = self._own_state or saved_own(self.platform)
-            load_own(self.platform, self._own_state)
+            load_own(self.platform, self._new)
         warm_up_resume()
 
     def save(self) -> list[Section]:
@@ -306,7 +306,7 @@ class Machine:
 
     def trial(self) -> OwnTrial:
         """See :meth:`Migratable.trial`."""
-        return OwnTrial(self.platform)
+        return OwnTrial(self.platform, self._new)
 
     def load(self, sections: Sequence[Section], *, more: bool = False) -> Fidelity:
         """See :meth:`Migratable.load`. Raises :class:`ConfigError` when another VM has one of the disks."""

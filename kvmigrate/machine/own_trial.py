@@ -9,23 +9,24 @@ from ..state.fidelity import Fidelity
 from ..state.section import Section
 from .platform import Platform
 from .room import judge_room
-from .sections import save_sections, take_back, try_sections
+from .sections import take_back, try_sections
 
 
 class OwnTrial:
-    """Implements :class:`kvmigrate.contract.Trial` for ``platform``, of which no vCPU has ever run.
+    """Implements :class:`kvmigrate.contract.Trial` for ``platform``, of which no vCPU has ever run, and whose state is
+    ``new``.
 
     A machine for the trial alone would take as long to build once more, and what this one has been through before it
     does faster in the blackout."""
 
-    def __init__(self, platform: Platform) -> None:
+    def __init__(self, platform: Platform, new: Sequence[Section]) -> None:
         self._platform = platform
-        self._before: list[Section] | None = None
+        self._new = new
+        self._is_tried = False
 
     def load(self, sections: Sequence[Section], resident_bytes: int) -> Fidelity:
         """See :meth:`kvmigrate.contract.Trial.load`."""
-        if self._before is None:
-            self._before = save_sections(self._platform)
+        self._is_tried = True
         fidelity = try_sections(self._platform, sections)
         memory = self._platform.memory
         # Huge pages of the pool were set aside when the memory was made.
@@ -37,6 +38,6 @@ class OwnTrial:
         """Leave nothing of what was loaded: the machine is what it was. Idempotent.
 
         Raises :class:`HostError` or :class:`RestoreRefused` when it cannot be; it must not run then."""
-        before, self._before = self._before, None
-        if before is not None:
-            take_back(self._platform, before)
+        if self._is_tried:
+            self._is_tried = False
+            take_back(self._platform, self._new)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from functools import cache
 
 from ..config import MIN_MEMORY_BYTES
 from ..kvm.cpuid import guest_cpuid
 from ..kvm.system import System
-from ..state.section import decode_well_formed, encode
+from ..state.section import Section, decode_well_formed, encode
 from .cpus import PAUSE_TIMEOUT_MS
 from .platform import Platform
 from .sections import load_sections, save_sections
@@ -50,19 +51,14 @@ def _go_on_and_park() -> None:
     scratch.park(PAUSE_TIMEOUT_MS)
 
 
-def saved_own(platform: Platform) -> list[bytes]:
-    """The state of ``platform``, which has never run, as it goes over the wire."""
-    return [encode(section) for section in save_sections(platform)]
-
-
-def load_own(platform: Platform, saved: list[bytes]) -> None:
-    """Load what :func:`saved_own` gave, as if it came over the wire."""
-    load_sections(platform, [decode_well_formed(section) for section in saved])
+def load_own(platform: Platform, saved: Sequence[Section]) -> None:
+    """Load the state of ``platform`` itself, as if it came over the wire."""
+    load_sections(platform, [decode_well_formed(encode(section)) for section in saved])
 
 
 @cache
-def _scratch_state() -> list[bytes]:
-    return saved_own(_scratch())
+def _scratch_state() -> Sequence[Section]:
+    return save_sections(_scratch())
 
 
 @cache

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING
 from ..config import BootConfig
 from ..devices.end import GuestEnd
 from ..errors import BadField, ConfigError
-from ..kvm.vm_state import leave_modes, load_state, pack_state
+from ..kvm.vm_state import leave_modes, load_state
 from ..record import dataclass
 from ..state.section import Section, Value, require_version, unpack
 from .boot_source import BootSource
 from .generation import new_generation_id, read_generation
 from .loading import load_image
 from .platform import Platform
+from .sections import kernel_names
 
 if TYPE_CHECKING:
     from ..boot import BootFiles
@@ -36,14 +37,13 @@ class Boot:
 
 class PowerOn:
     """The state of ``platform``, of which no vCPU has run and nothing has been loaded, kept for :meth:`restore`, which
-    boots ``source`` anew.
+    boots ``source`` anew. ``new`` is that state as sections."""
 
-    Saving it also finds out what a later save will read, while nobody waits. Raises :class:`HostError`."""
-
-    def __init__(self, platform: Platform, source: BootSource | None) -> None:
+    def __init__(self, platform: Platform, source: BootSource | None, new: Sequence[Section]) -> None:
         self._platform = platform
         self._source = source
-        self._vm, self._vcpus = pack_state(platform.vm)
+        bodies = {section.name: section.packed for section in new}
+        self._vm, *self._vcpus = (bodies[name] for name in kernel_names(len(platform.vm.vcpus)))
         self._cpuids = [vcpu.cpuid for vcpu in platform.vm.vcpus]
 
     def read(self) -> Boot:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ..errors import KvmigrateError
+from ..threads import Thread
 
 
 class Abort:
@@ -56,13 +57,14 @@ class Abort:
     def deadline(self, after_ms: float, error: KvmigrateError) -> Iterator[None]:
         """Fire ``error`` unless the block ends within ``after_ms``: bounds a phase against a peer that is slow but not
         silent, which no timeout of a single call sees."""
-        timer = threading.Timer(after_ms / 1e3, self.fire, (error,))
-        timer.daemon = True
-        timer.start()
+        over = threading.Lock()
+        over.acquire()
+        # Not a threading.Timer, for whose start the block would wait.
+        Thread(lambda: over.acquire(timeout=after_ms / 1e3) or self.fire(error)).start()
         try:
             yield
         finally:
-            timer.cancel()
+            over.release()
 
     def close(self) -> None:
         """Give the eventfd back; only when nobody blocks on it any more. Idempotent."""

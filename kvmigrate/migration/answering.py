@@ -4,12 +4,12 @@ further connections join the guest that is on its way in."""
 from __future__ import annotations
 
 import socket
-import threading
 from collections.abc import Callable
 from contextlib import suppress
 
 from ..errors import Cancelled, KvmigrateError, StateError
 from ..state.frame import FrameKind
+from ..threads import Thread
 from . import wire
 from .abort import Abort
 from .address import Listener
@@ -30,7 +30,7 @@ class Answering:
         self._custody = custody
         self._join = join
         self._stop = Abort()
-        self._thread = threading.Thread(target=self._run, name="answering", daemon=True)
+        self._thread = Thread(self._run)
 
     def start(self) -> None:
         self._thread.start()
@@ -38,8 +38,7 @@ class Answering:
     def stop(self) -> None:
         """Answer no more. Idempotent."""
         self._stop.fire(Cancelled("the destination ends"))
-        if self._thread.is_alive() and self._thread is not threading.current_thread():
-            self._thread.join(ANSWER_TIMEOUT_MS / 1e3)
+        self._thread.join(ANSWER_TIMEOUT_MS / 1e3)
 
     def _run(self) -> None:
         with suppress(Cancelled):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from kvmigrate.machine import machine as machine_module
 from kvmigrate.machine.machine import Machine
 from kvmigrate.machine.platform import Platform
 from kvmigrate.machine.rehearsal import load_own
+from kvmigrate.state.section import Section
 
 from .boot_sector import HANG, machine_with
 
@@ -23,7 +25,7 @@ def own_loads(monkeypatch: pytest.MonkeyPatch) -> list[Platform]:
     """The machines that loaded their own state."""
     found: list[Platform] = []
 
-    def loading(platform: Platform, saved: list[bytes]) -> None:
+    def loading(platform: Platform, saved: Sequence[Section]) -> None:
         load_own(platform, saved)
         found.append(platform)
 

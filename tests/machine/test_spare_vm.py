@@ -24,9 +24,12 @@ pytestmark = pytest.mark.kvm
 @pytest.fixture(autouse=True)
 def none_left() -> Iterator[None]:
     """No VM is set aside before or after a test."""
-    while spare_vm._spare:
-        spare_vm._spare.pop().vm.close()
+    close_all()
     yield
+    close_all()
+
+
+def close_all() -> None:
     while spare_vm._spare:
         spare_vm._spare.pop().vm.close()
 
