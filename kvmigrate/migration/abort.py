@@ -5,11 +5,8 @@ from __future__ import annotations
 import os
 import select
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from ..errors import KvmigrateError
-from ..threads import Thread
 
 
 class Abort:
@@ -52,19 +49,6 @@ class Abort:
         poll.register(self.fd, select.POLLIN)
         poll.poll(for_ms)
         self.check()
-
-    @contextmanager
-    def deadline(self, after_ms: float, error: KvmigrateError) -> Iterator[None]:
-        """Fire ``error`` unless the block ends within ``after_ms``: bounds a phase against a peer that is slow but not
-        silent, which no timeout of a single call sees."""
-        over = threading.Lock()
-        over.acquire()
-        # Not a threading.Timer, for whose start the block would wait.
-        Thread(lambda: over.acquire(timeout=after_ms / 1e3) or self.fire(error)).start()
-        try:
-            yield
-        finally:
-            over.release()
 
     def close(self) -> None:
         """Give the eventfd back; only when nobody blocks on it any more. Idempotent."""

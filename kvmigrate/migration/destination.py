@@ -28,7 +28,7 @@ from .checks import ONLY
 from .custody import Custody, answer_of
 from .incoming import Incoming, State, greet
 from .journal import Entry, Journal, Record, Role
-from .status import Observer, Silence, Status
+from .status import Observer, Status, Telling
 from .trying import serve_check
 
 IN_DOUBT_MS = 30_000.0
@@ -73,7 +73,7 @@ class Destination:
         self._builder = builder
         self._examiner = examiner
         self._name = name
-        self._observer: Observer = observer if observer is not None else Silence()
+        self._telling = Telling(observer)
         self._timeout_ms = timeout_ms
         self._in_doubt_ms = in_doubt_ms
         self._autostart = autostart
@@ -282,9 +282,7 @@ class Destination:
 
     def _enter(self, status: Status) -> None:
         self._status = status
-        # An observer that raises must not decide over the guest.
-        with suppress(Exception):
-            self._observer.status(status)
+        self._telling.status(status)
 
     def _close(self) -> None:
         if self._answering is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 
 from ..config import MigrationParameters
 from ..contract import Migratable, RunState
@@ -18,6 +17,7 @@ from .blackout import Stopwatch
 from .channel import Channel, expect, unexpected
 from .sink import StreamSink
 from .status import MigrationResult
+from .watchdog import Watchdog
 
 ENDED = (RunState.SHUTDOWN, RunState.INTERNAL_ERROR)
 
@@ -45,12 +45,11 @@ class HandedOver:
     total: float
 
 
-def bounded(channel: Channel, parameters: MigrationParameters) -> AbstractContextManager[None]:
-    """Ends a switch-over that takes too long, unless COMMIT may have been sent. It is for the commit as well, where it
-    has no effect any more: to take it off wakes a thread, for which no guest should wait."""
+def bound_switch_over(watchdog: Watchdog, channel: Channel, parameters: MigrationParameters) -> None:
+    """A switch-over that takes too long comes to an end, unless COMMIT may have been sent."""
     bound_ms = max(parameters.timeout_ms, 2 * parameters.downtime_limit_ms)
     late = PeerTimeout(f"{channel.peer} took over {bound_ms / 1e3:g} s to take the paused guest over")
-    return channel.abort.deadline(bound_ms, late)
+    watchdog.bound(bound_ms, late)
 
 
 def switch_over(

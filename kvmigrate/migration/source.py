@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,7 @@ from ..errors import (
     StateError,
     StreamError,
 )
-from ..precopy.converge import Decision, Limits
+from ..precopy.converge import Action, Decision, Limits
 from ..precopy.ledger import RoundRecord
 from ..precopy.rounds import PreCopy
 from ..record import replace
@@ -45,20 +45,21 @@ from .handover import (
     ENDED,
     HandedOver,
     Switched,
-    bounded,
+    bound_switch_over,
     commit,
     measured,
     refuse_ended,
     say_done,
     switch_over,
-)
+)  # fmt: skip
 from .joining import CONNECTIONS, dial, open_further
 from .journal import Entry, Journal, Record, Role
 from .pages import announce_resident
 from .parting import part, reason_of
 from .sink import StreamSink
-from .status import MigrationResult, Observer, Silence, Status
+from .status import MigrationResult, Observer, Status, Telling
 from .warming import WarmUp
+from .watchdog import Watchdog
 from .zerocopy import References, require_possible
 
 DISKS_FREE_S = 2.0
@@ -86,7 +87,7 @@ class Source:
         self._machine = machine
         self._address = address
         self._parameters = parameters
-        self._observer: Observer = observer if observer is not None else Silence()
+        self._telling = Telling(observer)
         self._ask_for_ms = ask_for_ms
         self._config = dict(machine.describe())
         self._query = wire.Query(str(self._config["uuid"]), time.time_ns())
@@ -99,6 +100,7 @@ class Source:
         self._precopy: PreCopy | None = None
         self._result = MigrationResult()
         self._warm_up = WarmUp(self._abort)
+        self._watchdog = Watchdog(self._abort)
         self._begin_ns = time.monotonic_ns()
         self._nr_resident = 0
         self._autostart = False
@@ -116,7 +118,8 @@ class Source:
             with self._rollback():
                 channel = self._setup()
                 precopy, sink = self._copy(channel)
-                with quiet_interpreter(), bounded(channel, self._parameters):
+                bound_switch_over(self._watchdog, channel, self._parameters)
+                with quiet_interpreter():
                     switched = self._switch_over(channel, precopy, sink)
                     answer = self._commit(channel, switched)
             return self._conclude(switched, answer)
@@ -149,6 +152,7 @@ class Source:
     def _setup(self) -> Channel:
         """Connect, agree on the version, and have the destination build the machine and try the state."""
         self._enter(Status.SETUP)
+        self._watchdog.start()
         require_movable(self._machine)
         require_possible(self._address, self._parameters)
         self._channel = channel = dial(self._address, self._abort, self._parameters.timeout_ms)
@@ -211,8 +215,8 @@ class Source:
         self._journal.rehearse()
 
     def _after_round(self, record: RoundRecord, decision: Decision) -> None:
-        self._tell(lambda: self._observer.round_done(record))
         self._result = replace(self._result, why=decision.why, zero_copy=self._references())
+        self._telling.round_done(record, later=decision.action is Action.SWITCH)
         self._abort.check()
         refuse_ended(self._machine)
         if self._channel is not None and self._channel.pending():
@@ -278,7 +282,8 @@ class Source:
         self._machine.pause(RunState.POSTMIGRATE)
         result = replace(self._result, total_ms=self._elapsed_ms(), zero_copy=self._references())
         self._result = measured(result, self._precopy, switched, handed_over)
-        self._tell(lambda: self._observer.status(Status.DEVICE))
+        self._telling.rest()
+        self._telling.status(Status.DEVICE)
         self._enter(Status.COMPLETED)
         self._journal.remove()
         self._stop_log()
@@ -348,6 +353,7 @@ class Source:
             self._machine.pause(RunState.PAUSED)
 
     def _fail(self, error: BaseException) -> None:
+        self._telling.rest()
         self._result = replace(self.query(), error=wire.Failed.of(error).text, total_ms=self._elapsed_ms(), parts=None)
         self._enter(Status.CANCELLED if isinstance(error, Cancelled) else Status.FAILED)
 
@@ -359,18 +365,13 @@ class Source:
 
     def _enter(self, status: Status) -> None:
         self._result = replace(self._result, status=status)
-        self._tell(lambda: self._observer.status(status))
+        self._telling.status(status)
 
     def _record(self) -> Record:
         query = self._query
         return Record(
             self._name, query.uuid, query.epoch, Role.SOURCE, Entry.COMMITTED, str(self._address), os.getpid()
         )
-
-    def _tell(self, news: Callable[[], None]) -> None:
-        # An observer that raises must not decide over the guest.
-        with suppress(Exception):
-            news()
 
     def _elapsed_ms(self) -> float:
         return (time.monotonic_ns() - self._begin_ns) / 1e6
@@ -382,5 +383,6 @@ class Source:
             self._channel.apart.end()
             self._channel.close()
         self._warm_up.close()
+        self._watchdog.close()
         self._abort.close()
         self._resolution.close()

@@ -27,6 +27,7 @@ so much shorter than ``downtime``.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from enum import StrEnum
 from typing import Protocol
 
@@ -57,7 +58,7 @@ class Status(StrEnum):
 class Observer(Protocol):
     """Told what happens, from the thread that migrates: must return at once and raise nothing.
 
-    Nothing is told during the blackout; what happened in it is told when it is over.
+    Nothing is told during the blackout or right before it; what happened then is told when it is over.
     """
 
     def status(self, word: Status) -> None: ...
@@ -78,6 +79,32 @@ class Silence:
 
     def event(self, name: str, data: Value) -> None:
         return
+
+
+class Telling:
+    """Tells ``observer``, which may not decide over the guest by raising."""
+
+    def __init__(self, observer: Observer | None) -> None:
+        self._observer: Observer = observer if observer is not None else Silence()
+        self._kept: RoundRecord | None = None
+
+    def status(self, word: Status) -> None:
+        with suppress(Exception):
+            self._observer.status(word)
+
+    def round_done(self, record: RoundRecord, *, later: bool) -> None:
+        """``later``, by :meth:`rest`, when the guest is about to be paused: whoever hears of it wants a processor and
+        the interpreter."""
+        self._kept = record
+        if not later:
+            self.rest()
+
+    def rest(self) -> None:
+        """What was kept for later. Idempotent."""
+        record, self._kept = self._kept, None
+        if record is not None:
+            with suppress(Exception):
+                self._observer.round_done(record)
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from kvmigrate.errors import NotConverged
 from kvmigrate.migration.abort import Abort
 from kvmigrate.migration.status import Status
 from kvmigrate.migration.warming import WARM_FOR_S, WarmUp
+from kvmigrate.precopy.ledger import RoundRecord
 from tests.fake_machine import MIB, FakeMachine
 from tests.migration.harness import Proxy, Receiving, Watch, check_no_files, check_resumed, migrate
 
@@ -271,6 +272,30 @@ def test_what_the_observer_is_told(tmp_path: Path, source_machine: FakeMachine, 
     assert watch.words == [Status.SETUP, Status.ACTIVE, Status.DEVICE, Status.COMPLETED]
     assert [r.round for r in watch.rounds] == [0]
     assert receiving.watch.words == [Status.SETUP, Status.ACTIVE, Status.COMPLETED]
+
+
+def test_nobody_is_told_anything_right_before_the_pause_and_all_of_it_after(tmp_path: Path, receive: Receive) -> None:
+    machine, watch = FakeMachine(48 * MIB, running=True), Watch()
+    machine.fill(3000)
+    machine.start_writer(3000, 30_000)
+    pause, told_at_pause = machine.pause, list[list[RoundRecord]]()
+
+    def pausing(reason: RunState) -> None:
+        told_at_pause.append(list(watch.rounds))
+        pause(reason)
+
+    machine.pause = pausing  # type: ignore[method-assign]
+    receiving = receive()
+    outcome = migrate(
+        machine, receiving.address, tmp_path, watch=watch, bandwidth_bytes_s=40 * MIB, downtime_limit_ms=300.0
+    )
+    assert outcome.result is not None, outcome.error
+    settled(receiving)
+    rounds = outcome.result.rounds
+    assert len(rounds) > 2
+    assert told_at_pause[0] == list(rounds[:-2]), "the last but one is told later, and the last is the blackout's"
+    assert watch.rounds == list(rounds[:-1])
+    machine.close()
 
 
 def test_an_observer_that_raises_decides_nothing(tmp_path: Path, source_machine: FakeMachine, receive: Receive) -> None:

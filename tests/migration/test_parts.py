@@ -35,6 +35,7 @@ from kvmigrate.migration.checks import Check, Checked
 from kvmigrate.migration.journal import Entry, Record, Role
 from kvmigrate.migration.pages import Decompressor
 from kvmigrate.migration.source import Source
+from kvmigrate.migration.watchdog import Watchdog
 from kvmigrate.state.fidelity import Fidelity
 from kvmigrate.state.frame import FrameHeader, FrameKind, encode_frame, encode_header
 from kvmigrate.state.section import pack, unpack
@@ -170,12 +171,26 @@ def test_nobody_there_says_what_to_do(tmp_path: Path) -> None:
     abort.close()
 
 
-def test_a_deadline_wakes_whoever_sleeps() -> None:
+def test_a_bound_wakes_whoever_sleeps() -> None:
     abort = Abort()
+    watchdog = Watchdog(abort)
+    watchdog.start()
     begin = time.monotonic()
-    with pytest.raises(PeerTimeout), abort.deadline(50, PeerTimeout("late")):
+    watchdog.bound(50, PeerTimeout("late"))
+    with pytest.raises(PeerTimeout):
         abort.sleep(10_000)
-    assert time.monotonic() - begin < 5
+    assert 0.05 <= time.monotonic() - begin < 5
+    watchdog.close()
+    abort.close()
+
+
+def test_what_is_over_in_time_is_not_bound_any_more() -> None:
+    abort = Abort()
+    watchdog = Watchdog(abort)
+    watchdog.start()
+    watchdog.bound(150, PeerTimeout("late"))
+    watchdog.close()
+    abort.sleep(400)
     abort.close()
 
 
