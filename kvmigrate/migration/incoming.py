@@ -130,7 +130,6 @@ class Incoming:
 
     def run_guest(self) -> None:
         """Let the guest run, or stay paused as it was at the source. Its custody must be committed."""
-        self._channel.apart.end()
         if self._autostart:
             self._built().resume()
         else:
@@ -167,7 +166,6 @@ class Incoming:
             self._is_sparse = True
         # The source turns its dirty log on now: for a short round this time is not to be had again.
         self._warm_up.go(self._built())
-        # From here on nothing is started that would inherit this, but for what lifts it first.
         self._channel.apart.keep(self._hello.epoch + 1)
         return State.RECEIVING
 
@@ -226,11 +224,8 @@ class Incoming:
         if round_.more:
             self._load(sections, more=True)
             return State.PART
-        # What is started in there, such as a device's thread, is the guest's: it would inherit this for good.
-        self._channel.apart.end()
         self._load(sections)
         self._further.loaded()
-        self._channel.apart.keep(self._hello.epoch + 1)
         return State.LOADED
 
     def _load(self, sections: list[Section], *, more: bool = False) -> None:

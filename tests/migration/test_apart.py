@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -117,16 +118,21 @@ def test_two_hosts_have_nothing_to_share() -> None:
     assert os.sched_getaffinity(0) == ALLOWED
 
 
-def test_a_destination_is_apart_while_it_receives_and_everywhere_from_the_load_on(
+def test_a_destination_is_apart_until_the_guest_runs_and_what_was_started_meanwhile_may_then_run_everywhere(
     tmp_path: Path, source_machine: FakeMachine, receive: Receive, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: dict[tuple[FakeMachine, str], set[int]] = {}
+    over, started = threading.Event(), list[threading.Thread]()
 
     def spy(name: str) -> None:
         real = getattr(FakeMachine, name)
 
         def spied(machine: FakeMachine, *arguments: Any, **named: Any) -> Any:
             seen[machine, name] = os.sched_getaffinity(0)
+            if name != "warm_up":
+                # As a device does.
+                started.append(threading.Thread(target=over.wait))
+                started[-1].start()
             return real(machine, *arguments, **named)
 
         monkeypatch.setattr(FakeMachine, name, spied)
@@ -141,8 +147,10 @@ def test_a_destination_is_apart_while_it_receives_and_everywhere_from_the_load_o
     assert receiving.machine is not None
     there, here = seen[receiving.machine, "warm_up"], seen[source_machine, "warm_up"]
     assert there | here == ALLOWED and (len(ALLOWED) == 1 or not there & here)
-    # What is started in there is the guest's.
-    assert seen[receiving.machine, "load"] == seen[receiving.machine, "resume"] == ALLOWED
+    assert seen[receiving.machine, "load"] == seen[receiving.machine, "resume"] == there
+    assert len(started) > 1
+    assert all(os.sched_getaffinity(thread.native_id or 0) == ALLOWED for thread in started)
+    over.set()
 
 
 def test_what_touches_memory_ahead_of_the_pages_may_run_everywhere(
