@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ..config import MigrationParameters
 from ..contract import Migratable, RunState
@@ -53,9 +53,16 @@ def bound_switch_over(watchdog: Watchdog, channel: Channel, parameters: Migratio
 
 
 def switch_over(
-    machine: Migratable, channel: Channel, precopy: PreCopy, sink: StreamSink, *, autostart: bool
+    machine: Migratable,
+    channel: Channel,
+    precopy: PreCopy,
+    sink: StreamSink,
+    *,
+    autostart: bool,
+    meanwhile: Callable[[], None],
 ) -> Switched:
-    """Pause, save, send what is left, and wait until the destination has loaded and compared it.
+    """Pause, save, send what is left, and wait until the destination has loaded and compared it; do ``meanwhile`` what
+    comes before :func:`commit`.
 
     Raises :class:`MigrationError` when the guest has ended by itself, :class:`PeerFailed` when the destination refuses.
     """
@@ -75,6 +82,7 @@ def switch_over(
     memory = machine.memory
     end = wire.End(sink.pages_sent, sink.pages_cleared, memory.digest, memory.nr_hashed, autostart, sink.nr_last)
     channel.send_payloads([(FrameKind.END, end.to_payload())])
+    meanwhile()
     ready = wire.Ready.from_payload(expect(channel, FrameKind.READY, spin=True).payload)
     if (ready.digest, ready.nr_hashed) != (end.digest, end.nr_hashed):
         raise BadChecksum(f"{channel.peer} holds other pages than were sent ({ready.digest:#x}, here {end.digest:#x})")

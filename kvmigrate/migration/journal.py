@@ -7,7 +7,8 @@ of the host that could lose the file also loses the RAM that it speaks of.
 
 What each state says to someone who finds the file, the process that wrote it being gone::
 
-    source       committed   the guest may run at `peer`; the RAM that was here went with the process
+    source       committed   COMMIT was about to be sent to `peer`, or was: the guest may run there; the RAM that was
+                             here went with the process
     destination  receiving   it never ran here
     destination  discarded   it never ran here, and the source may have been told so
     destination  committed   it was about to run here, or did
@@ -116,6 +117,13 @@ class Journal:
         self._staged = None
         with suppress(OSError):
             self._temporary.unlink(missing_ok=True)
+
+    def withdraw(self) -> None:
+        """Take back what was published, or staged: it has not come to that. Idempotent."""
+        if self._record is None:
+            self.unstage()
+        else:
+            self.remove()
 
     def _refused(self, error: OSError) -> HostError:
         return HostError(f"the journal {self.path}", error.errno or errno.EIO, "can its directory be written to?")

@@ -230,14 +230,15 @@ class Source:
         self._result = replace(self._result, status=Status.DEVICE)
         self._abort.check()
         self._pausing = True
-        return switch_over(self._machine, channel, precopy, sink, autostart=self._autostart)
+        # In the journal before COMMIT is on the wire: a process that dies in between leaves a doubt, never two guests.
+        # And while the destination loads, not between READY and COMMIT, where the guest would wait for it.
+        publish = self._journal.publish
+        return switch_over(self._machine, channel, precopy, sink, autostart=self._autostart, meanwhile=publish)
 
     def _commit(self, channel: Channel, switched: Switched) -> HandedOver | wire.Answer | None:
-        """From the journal on there is no way back by ourselves. None: no answer that says who owns the guest."""
+        """There is no way back by ourselves. None: no answer that says who owns the guest."""
         # The operator's cancel is either seen here or refused from here on; it cannot fall between.
         self._abort.disarm()
-        # In the journal before it is on the wire: a process that dies between both leaves a doubt, never two guests.
-        self._journal.publish()
         self._committed = True
         channel.abort = self._resolution
         try:
@@ -324,7 +325,7 @@ class Source:
             reason = reason_of(error, self._channel, self._resolution)
             part(self._channel, reason)
             self._stop_log()
-            self._journal.unstage()
+            self._journal.withdraw()
             self._fail(reason)
         if waits_for_disks:
             self._resume_when_free()

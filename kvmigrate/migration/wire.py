@@ -19,8 +19,8 @@ integers are at most 64 bits wide, times are microseconds on the clock of the si
       | ROUND{…,sections,sections_bytes}, SECTION … -> |   loads and reads them back while the last pages travel
       | sync, PAGES … -------------------------------> |
       | END{pages,bytes,digest,nr_hashed,autostart} -> |   compares what it received
-      | <------ READY{digest,nr_hashed,load_us,check_us} |   or FAILED
       | journal `committed`                            |
+      | <------ READY{digest,nr_hashed,load_us,check_us} |   or FAILED: the source's journal goes
       | COMMIT{epoch} -------------------------------> |   journal `committed`, resume
       | <---------------- RUNNING{resume_us…,fidelity} |   ----- the guest runs there
       | DONE ----------------------------------------> |   journals go
