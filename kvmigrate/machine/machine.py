@@ -17,7 +17,7 @@ from ..kvm.system import System
 from ..memory.dirty import DirtyLog, LogMode
 from ..memory.region import GuestMemory
 from ..state.fidelity import Fidelity
-from ..state.section import Section, Value, pack
+from ..state.section import Section, Value, encode, pack
 from . import spare_vm
 from .boot_source import BootSource
 from .cpus import PAUSE_TIMEOUT_MS, CpuThreads
@@ -81,8 +81,9 @@ class Machine:
         )
         self._dirty_log = DirtyLog(self.platform.memory, log_mode or self.platform.best_log_mode())
         # Saved once for all who may want it back, while nobody waits: it also finds out what a later save will read.
-        self._new = save_sections(self.platform)
-        self._power_on = PowerOn(self.platform, self.description.boot, self._new)
+        new = save_sections(self.platform)
+        self._new = [encode(section) for section in new]
+        self._power_on = PowerOn(self.platform, self.description.boot, new)
         handler = ExitHandler(self.platform.pio, self.platform.mmio, self._end_guest)
         self.cpus = CpuThreads(self.platform.vm.group, self.platform.vm.vcpus, handler, self._finish)
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ..config import PAGE_BYTES, MemoryBackend
 from ..state.fidelity import Fidelity
-from ..state.section import Section
+from ..state.section import Section, decode_well_formed
 from .platform import Platform
 from .room import judge_room
 from .sections import take_back, try_sections
@@ -14,12 +14,12 @@ from .sections import take_back, try_sections
 
 class OwnTrial:
     """Implements :class:`kvmigrate.contract.Trial` for ``platform``, of which no vCPU has ever run, and whose state is
-    ``new``.
+    ``new``, as it goes over the wire.
 
     A machine for the trial alone would take as long to build once more, and what this one has been through before it
     does faster in the blackout."""
 
-    def __init__(self, platform: Platform, new: Sequence[Section]) -> None:
+    def __init__(self, platform: Platform, new: Sequence[bytes]) -> None:
         self._platform = platform
         self._new = new
         self._is_tried = False
@@ -40,4 +40,4 @@ class OwnTrial:
         Raises :class:`HostError` or :class:`RestoreRefused` when it cannot be; it must not run then."""
         if self._is_tried:
             self._is_tried = False
-            take_back(self._platform, self._new)
+            take_back(self._platform, [decode_well_formed(section) for section in self._new])

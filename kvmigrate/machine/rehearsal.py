@@ -9,7 +9,7 @@ from functools import cache
 from ..config import MIN_MEMORY_BYTES
 from ..kvm.cpuid import guest_cpuid
 from ..kvm.system import System
-from ..state.section import Section, decode_well_formed, encode
+from ..state.section import decode_well_formed, encode
 from .cpus import PAUSE_TIMEOUT_MS
 from .platform import Platform
 from .sections import load_sections, save_sections
@@ -51,14 +51,14 @@ def _go_on_and_park() -> None:
     scratch.park(PAUSE_TIMEOUT_MS)
 
 
-def load_own(platform: Platform, saved: Sequence[Section]) -> None:
-    """Load the state of ``platform`` itself, as if it came over the wire."""
-    load_sections(platform, [decode_well_formed(encode(section)) for section in saved])
+def load_own(platform: Platform, saved: Sequence[bytes]) -> None:
+    """Load the state of ``platform`` itself, which is in ``saved`` as it goes over the wire."""
+    load_sections(platform, [decode_well_formed(section) for section in saved])
 
 
 @cache
-def _scratch_state() -> Sequence[Section]:
-    return save_sections(_scratch())
+def _scratch_state() -> Sequence[bytes]:
+    return [encode(section) for section in save_sections(_scratch())]
 
 
 @cache

@@ -51,7 +51,7 @@ from .handover import (
     refuse_ended,
     say_done,
     switch_over,
-)  # fmt: skip
+)
 from .joining import CONNECTIONS, dial, open_further
 from .journal import Entry, Journal, Record, Role
 from .pages import announce_resident

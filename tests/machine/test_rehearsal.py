@@ -13,7 +13,6 @@ from kvmigrate.machine import machine as machine_module
 from kvmigrate.machine.machine import Machine
 from kvmigrate.machine.platform import Platform
 from kvmigrate.machine.rehearsal import load_own
-from kvmigrate.state.section import Section
 
 from .boot_sector import HANG, machine_with
 
@@ -25,7 +24,7 @@ def own_loads(monkeypatch: pytest.MonkeyPatch) -> list[Platform]:
     """The machines that loaded their own state."""
     found: list[Platform] = []
 
-    def loading(platform: Platform, saved: Sequence[Section]) -> None:
+    def loading(platform: Platform, saved: Sequence[bytes]) -> None:
         load_own(platform, saved)
         found.append(platform)
 

@@ -99,6 +99,26 @@ def test_a_running_guest_fits_its_own_host_and_runs_on(tmp_path: Path, stack: Ex
     assert machine.platform.vm.vcpus[0].nr_entries > entries, "the guest stands still"
 
 
+@pytest.mark.parametrize("nr_cpus", [1, 3])
+def test_a_sample_pauses_a_guest_once_for_each_vcpu_and_lets_it_run_between_those_pauses_only(
+    tmp_path: Path, stack: ExitStack, monkeypatch: pytest.MonkeyPatch, nr_cpus: int
+) -> None:
+    machine = started(machine_with(tmp_path, TALKATIVE, nr_cpus=nr_cpus), stack)
+    pauses: list[int] = []
+    slept: list[float] = []
+    pause = machine.platform.vm.group.pause
+
+    def pausing(timeout_ms: int) -> None:
+        pauses.append(timeout_ms)
+        pause(timeout_ms)
+
+    monkeypatch.setattr(machine.platform.vm.group, "pause", pausing)
+    monkeypatch.setattr("kvmigrate.machine.sampling.time.sleep", slept.append)
+    machine.sample()
+    assert len(pauses) == nr_cpus
+    assert sum(seconds > 0 for seconds in slept) == nr_cpus - 1
+
+
 def test_a_trial_touches_no_memory(tmp_path: Path, stack: ExitStack, disk: DiskConfig) -> None:
     machine = started(protected_mode_machine(tmp_path, HANG, disks=(disk,)), stack)
     trial = TrialMachine.examine(machine.describe(), HostSide())

@@ -77,6 +77,15 @@ def test_core_dumps_and_children_do_without_guest_memory_and_kvm_can_map_huge_pa
         assert {"dd", "dc", "hg"} <= flags_of_mapping(at)
 
 
+@pytest.mark.parametrize("backend", MemoryBackend)
+def test_whether_new_memory_becomes_huge_pages_can_be_changed_and_changed_back(backend: MemoryBackend) -> None:
+    with memory_of(backend, SIZE_BYTES) as memory:
+        at = int(ffi.cast("uintptr_t", memory.handle.slot[0].hva))
+        for wanted in (False, True):
+            memory.want_huge(wanted)
+            assert ("hg" in flags_of_mapping(at), "nh" in flags_of_mapping(at)) == (wanted, not wanted)
+
+
 def test_nobody_can_cut_memory_off_under_its_guest(memory: GuestMemory) -> None:
     fd = memory.handle.slot[0].fd
     assert fcntl.fcntl(fd, fcntl.F_GET_SEALS) & 7 == fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW

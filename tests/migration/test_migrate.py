@@ -16,7 +16,9 @@ import pytest
 from kvmigrate.config import Address
 from kvmigrate.contract import RunState
 from kvmigrate.errors import NotConverged
+from kvmigrate.memory.region import GuestMemory
 from kvmigrate.migration.abort import Abort
+from kvmigrate.migration.pages import ANNOUNCED_PAGES
 from kvmigrate.migration.status import Status
 from kvmigrate.migration.warming import WARM_FOR_S, WarmUp
 from kvmigrate.precopy.ledger import RoundRecord
@@ -295,6 +297,28 @@ def test_nobody_is_told_anything_right_before_the_pause_and_all_of_it_after(tmp_
     assert len(rounds) > 2
     assert told_at_pause[0] == list(rounds[:-2]), "the last but one is told later, and the last is the blackout's"
     assert watch.rounds == list(rounds[:-1])
+    machine.close()
+
+
+@pytest.mark.parametrize(("nr_pages", "wanted"), [(100, [False, True]), (ANNOUNCED_PAGES, [])])
+def test_only_memory_of_which_much_is_in_use_becomes_huge_pages_while_it_arrives(
+    tmp_path: Path, receive: Receive, monkeypatch: pytest.MonkeyPatch, nr_pages: int, wanted: list[bool]
+) -> None:
+    seen: list[tuple[GuestMemory, bool]] = []
+    want_huge = GuestMemory.want_huge
+
+    def spied(memory: GuestMemory, wanted: bool) -> None:
+        seen.append((memory, wanted))
+        want_huge(memory, wanted)
+
+    monkeypatch.setattr(GuestMemory, "want_huge", spied)
+    machine = FakeMachine(48 * MIB, running=True)
+    machine.fill(nr_pages)
+    receiving = receive()
+    assert migrate(machine, receiving.address, tmp_path).error is None
+    settled(receiving)
+    assert receiving.machine is not None
+    assert seen == [(receiving.machine.memory, one) for one in wanted]
     machine.close()
 
 
