@@ -109,9 +109,10 @@ static bool has_work(const struct kmig_uart *uart, uint32_t enough)
 
 void kmig_uart_send_first(struct kmig_uart *uart)
 {
-    if (uart->socket_fd < 0 || uart->sender != KMIG_SENDER_IDLE || kmig_uart_nr_waiting(uart) != 1 || !has_work(uart, 1))
+    // A sender that sleeps has left nothing behind: the byte is the only one. Whoever else sends on this socket does so
+    // while bytes wait.
+    if (uart->socket_fd < 0 || uart->sender != KMIG_SENDER_IDLE || !has_work(uart, 1))
         return;
-    // Who sends on this socket besides us does so while bytes wait.
     const uint8_t *first = uart->s.tx + uart->rd % KMIG_UART_TX_BYTES;
     uart->nr_ahead = send(uart->socket_fd, first, 1, MSG_DONTWAIT | MSG_NOSIGNAL) == 1;
 }

@@ -28,6 +28,8 @@ LOCAL = Address("127.0.0.1", 0)
 TIMEOUT_MS = 8000.0
 """Long, for a busy machine: only where a peer is silent on purpose is it worth waiting for less."""
 SILENCE_MS = 400.0
+SLOW_S = 0.1
+"""For how long a proxy holds a frame that it slows down: far less than anybody's patience."""
 
 
 def patience_ms(action: str) -> float:
@@ -194,7 +196,8 @@ def run(source: Source) -> Outcome:
 @dataclass
 class Rule:
     """What to do to frame ``number`` (from 0) of one direction: cut the link before it, at a byte of it or after it,
-    hold it for ever, or flip one of its bits. ``link_stays_down`` refuses later connections too."""
+    hold it for ever or for a moment (slow), or flip one of its bits. ``link_stays_down`` refuses later connections
+    too."""
 
     direction: str
     number: int
@@ -276,7 +279,7 @@ class Proxy:
             hit = mine is not None and (mine.number == number if not mine.kind else kind == mine.kind)
             if mine is not None and hit and not self._apply(mine, data, far, pair):
                 return
-            if mine is None or not hit or mine.action in ("cut-after", "pass"):
+            if mine is None or not hit or mine.action in ("cut-after", "pass", "slow"):
                 if not _send(far, data):
                     break
                 self.seen[direction].append(kind)
@@ -303,6 +306,8 @@ class Proxy:
                 pair.probe()
             pair.close()
             return False
+        if rule.action == "slow":
+            time.sleep(SLOW_S)
         if rule.action == "flip":
             at = rule.at % len(data)
             _send(far, data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])

@@ -14,14 +14,16 @@ from typing import Any
 
 import pytest
 
+from kvmigrate.config import PAGE_BYTES
 from kvmigrate.contract import RunState
 from kvmigrate.errors import Cancelled, CommitUnknown, ConfigError, HostError, MigrationError, PeerFailed, PeerTimeout
 from kvmigrate.migration.status import Status
-from tests.fake_machine import FakeMachine
+from tests.fake_machine import MIB, FakeMachine
 from tests.migration.harness import (
     Proxy,
     Receiving,
     Rule,
+    Watch,
     check_never_two,
     check_no_files,
     check_resumed,
@@ -30,6 +32,7 @@ from tests.migration.harness import (
     patience_ms,
     run,
 )
+from tests.migration.test_connections import write_when_saved
 from tests.migration.test_migrate import BACK, OUT, settled
 
 Receive = Callable[..., Receiving]
@@ -52,6 +55,10 @@ BEFORE_COMMIT = [
 def name_of(cell: tuple[str, int, str]) -> str:
     direction, number, action = cell
     return f"{action}-{direction}-{number}-{(OUT if direction == 'out' else BACK)[number]}"
+
+
+def journal_of(machine: FakeMachine, directory: Path) -> Path:
+    return directory / f"{machine.describe()['name']}.journal"
 
 
 def migrates_at_once(machine: FakeMachine, receive: Receive, directory: Path) -> None:
@@ -81,6 +88,7 @@ def test_any_fault_before_commit_resumes_the_source(
     assert receiving.error is not None
     assert not receiving.ran
     receiving.close()
+    assert not journal_of(source_machine, tmp_path).exists(), "nothing is in doubt"
     migrates_at_once(source_machine, receive, tmp_path)
 
 
@@ -306,7 +314,7 @@ def test_cancel_in_any_phase_resumes_at_once(
     migrates_at_once(source_machine, receive, tmp_path)
 
 
-def test_a_trickling_peer_cannot_hold_the_guest_paused(
+def test_a_peer_that_never_says_ready_cannot_hold_the_guest_paused(
     tmp_path: Path, source_machine: FakeMachine, receive: Receive, proxy_to: ProxyTo
 ) -> None:
     receiving = receive(timeout_ms=5000.0)
@@ -323,6 +331,25 @@ def test_a_trickling_peer_cannot_hold_the_guest_paused(
     assert isinstance(outcome.error, PeerTimeout)
     assert time.monotonic() - paused[0] < 1.5
     check_resumed(source_machine)
+
+
+def test_a_link_that_is_slow_but_never_silent_cannot_hold_the_guest_paused(
+    tmp_path: Path, receive: Receive, proxy_to: ProxyTo
+) -> None:
+    machine, watch = FakeMachine(48 * MIB, running=True), Watch()
+    # More than all buffers on the way hold, none of it zero.
+    write_when_saved(machine, 40 * MIB // PAGE_BYTES, b"last")
+    receiving = receive(timeout_ms=5000.0)
+    proxy = proxy_to(receiving, Rule("out", 0, "slow", kind="PAGES"))
+    outcome = migrate(machine, proxy.address, tmp_path, timeout_ms=500.0, downtime_limit_ms=100.0, watch=watch)
+    assert isinstance(outcome.error, PeerTimeout)
+    assert "took over 0.5 s to take the paused guest over" in str(outcome.error)
+    check_resumed(machine)
+    assert [record.round for record in watch.rounds] == [0], "what was kept for after the blackout is told"
+    assert watch.words[-1] is Status.FAILED
+    receiving.join()
+    assert not receiving.ran
+    machine.close()
 
 
 def test_a_guest_that_ends_while_it_is_copied_is_not_moved(
