@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
-from ..config import ClockPolicy, HostSide, MachineConfig
+from ..config import ClockPolicy, HostSide, MachineConfig, MemoryBackend
 from ..contract import RunState
 from ..devices.end import CRASH, RESET, GuestEnd
 from ..devices.power import NEW_GENERATION, POWER_BUTTON
@@ -52,7 +52,7 @@ class Machine:
         log_mode: LogMode | None = None,
         *,
         reboot: bool = True,
-        make_memory: Callable[[int], GuestMemory],
+        make_memory: Callable[[int], GuestMemory] | None = None,
     ) -> None:
         self._clock = ClockPolicy.CONTINUE
         self._reboot = reboot
@@ -73,8 +73,7 @@ class Machine:
             serial,
             self._end_guest,
             description.virtio,
-            make_memory=make_memory,
-            make_vm=spare_vm.take,
+            make_base=partial(spare_vm.take, make_memory=make_memory),
         )
         self.description = description.completed(
             self.platform.device_versions(), self.platform.tsc_khz, self.platform.held_cpuid()
@@ -104,7 +103,7 @@ class Machine:
             cpuid = tuple(guest_cpuid(cpu, at, config.nr_cpus) for at in range(config.nr_cpus))
         files = read_files(config.boot, config.memory_bytes)
         description = Description.new(config, cpuid, BootSource.of(config.boot, files))
-        make_memory = partial(GuestMemory, backend=config.memory_backend)
+        make_memory = _maker(config.memory_backend)
         machine = cls(
             description, config.serial, RunState.PRELAUNCH, log_mode, reboot=config.reboot, make_memory=make_memory
         )
@@ -145,7 +144,7 @@ class Machine:
             RunState.INMIGRATE,
             log_mode,
             reboot=here.reboot,
-            make_memory=make_memory or partial(GuestMemory, backend=here.memory_backend),
+            make_memory=make_memory or _maker(here.memory_backend),
         )
         machine._clock = clock
         try:
@@ -390,3 +389,8 @@ class Machine:
         if self._resetter is not None:
             self._resetter.join()
         self.platform.close()
+
+
+def _maker(backend: MemoryBackend) -> Callable[[int], GuestMemory] | None:
+    """What makes memory of ``backend``; None for anonymous memory, which may be there already."""
+    return None if backend is MemoryBackend.ANONYMOUS else partial(GuestMemory, backend=backend)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 
 from ..devices import cmos, debug_exit, i8042, port92, power, poweroff, pvpanic, serial
 from ..devices.backends import open_backend
@@ -12,12 +11,11 @@ from ..devices.end import GuestEnd
 from ..devices.tee import Tee
 from ..kvm.cpuid import compare_cpuid
 from ..kvm.system import capability
-from ..kvm.vm import Vm
 from ..memory.dirty import LogMode
-from ..memory.region import GuestMemory
 from ..state.fidelity import Fidelity
 from . import spare_vm
 from .description import CpuidTable
+from .spare_vm import Base
 from .specs import VirtioSpec
 from .virtio import HOST, Backings, VirtioBus
 
@@ -42,20 +40,15 @@ class Platform:
         end: Callable[[GuestEnd], None],
         virtio: Sequence[VirtioSpec] = (),
         backings: Backings = HOST,
-        make_memory: Callable[[int], GuestMemory] = GuestMemory,
-        make_vm: Callable[[], Vm] = spare_vm.create,
+        make_base: Callable[[int], Base] = spare_vm.create,
     ) -> None:
-        self._closers: list[Callable[[], None]] = []
+        base = make_base(memory_bytes)
+        self.memory, self.vm = base.memory, base.vm
+        # Closed after the serial port, which drives a line of the VM to the end.
+        self._closers: list[Callable[[], None]] = [self.memory.close, self.vm.close]
         try:
-            self.memory = make_memory(memory_bytes)
-            self._closers.append(self.memory.close)
-            # Closed after the serial port, which drives a line of it to the end.
-            self._kernel = ExitStack()
-            self._closers.append(self._kernel.close)
             self.backend, self.serial = self._open_serial(serial_spec)
-            self.vm = make_vm()
-            self._kernel.callback(self.vm.close)
-            self._furnish_vm(cpuid)
+            self._furnish(base, cpuid)
             # The very same tables where the kernel made no others of them: nobody has to compare them while a guest
             # waits.
             pairs = zip((vcpu.cpuid for vcpu in self.vm.vcpus), cpuid, strict=True)
@@ -70,7 +63,7 @@ class Platform:
             raise
 
     def _open_serial(self, spec: str) -> tuple[Tee, serial.Serial]:
-        """Before there is a VM, which takes the kernel so long that the port's threads have started when it is there:
+        """Before the VM is furnished, which takes the kernel so long that the port's threads have started when it is:
         they are in the interpreter's way while they do."""
         backend = Tee(open_backend(spec))
         self._closers.append(backend.close)
@@ -79,10 +72,11 @@ class Platform:
         port.start()
         return backend, port
 
-    def _furnish_vm(self, cpuid: Sequence[CpuidTable]) -> None:
-        vm = self.vm
+    def _furnish(self, base: Base, cpuid: Sequence[CpuidTable]) -> None:
+        vm = base.vm
         # Memory before the interrupt chips, unless those have been there for long, see RESTS_FOR_S.
-        self.memory.attach(vm.fd)
+        if not base.is_attached:
+            base.memory.attach(vm.fd)
         if not vm.vcpus:
             spare_vm.furnish(vm)
         mcg_cap = NR_MCE_BANKS | vm.host.mce_capabilities & MCG_CTL_P

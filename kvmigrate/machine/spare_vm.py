@@ -1,13 +1,18 @@
-"""A VM that is there before its guest: what is the same for every guest takes the kernel a millisecond, in which
-somebody waits. Without memory, and with a first vCPU that has no CPUID yet."""
+"""What a machine is built on, a VM and its memory, which may be there before the guest.
+
+What is the same for every guest takes the kernel a millisecond, in which somebody would wait; and room for what it is
+to know of each page of memory half a millisecond more for each gibibyte.
+"""
 
 from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 
 from ..kvm.system import System
 from ..kvm.vm import Vm
+from ..memory.region import GuestMemory
 from ..record import dataclass
 
 RESTS_FOR_S = 0.01
@@ -18,27 +23,64 @@ _lock = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
+class Base:
+    """A VM and the memory that it is to have, or has already when it ``is_attached``. One without vCPUs is to be
+    furnished by :func:`furnish`, after its memory was attached."""
+
+    memory: GuestMemory
+    vm: Vm
+    is_attached: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class _Spare:
     vm: Vm
+    memory: GuestMemory | None
+    """Attached, if it has any."""
     rested_at: float
     """In seconds of the monotonic clock."""
+
+    def fits(self, memory_bytes: int, *, is_anonymous: bool) -> bool:
+        """For a machine with so much memory."""
+        return self.memory is None or (is_anonymous and self.memory.size_bytes == memory_bytes)
+
+    def close(self) -> None:
+        self.vm.close()
+        if self.memory is not None:
+            self.memory.close()
 
 
 _spare: list[_Spare] = []
 
 
-def set_aside() -> None:
-    """Have one ready for the next machine of this process, while nobody waits. Idempotent; raises
-    :class:`HostError`."""
+def set_aside(memory_bytes: int = 0) -> None:
+    """Have a VM ready for the next machine of this process, with its memory if that will be anonymous and its size is
+    known. Idempotent: another size takes the place of the one before. Raises :class:`HostError` and
+    :class:`ConfigError`."""
     with _lock:
+        if _spare and (_spare[0].memory.size_bytes if _spare[0].memory is not None else 0) != memory_bytes:
+            _spare.pop().close()
         if not _spare:
-            vm = create()
-            try:
-                furnish(vm)
-            except BaseException:
-                vm.close()
-                raise
-            _spare.append(_Spare(vm, time.monotonic() + RESTS_FOR_S))
+            _spare.append(_made(memory_bytes))
+
+
+def _made(memory_bytes: int) -> _Spare:
+    memory = GuestMemory(memory_bytes) if memory_bytes else None
+    try:
+        vm = _create_vm()
+    except BaseException:
+        if memory is not None:
+            memory.close()
+        raise
+    spare = _Spare(vm, memory, time.monotonic() + RESTS_FOR_S)
+    try:
+        if memory is not None:
+            memory.attach(vm.fd)
+        furnish(vm)
+    except BaseException:
+        spare.close()
+        raise
+    return spare
 
 
 def wait_until_rested() -> None:
@@ -48,16 +90,34 @@ def wait_until_rested() -> None:
     time.sleep(max(left_s, 0.0))
 
 
-def take() -> Vm:
-    """The one that was set aside, or as :func:`create`. Raises :class:`HostError`."""
+def take(memory_bytes: int, make_memory: Callable[[int], GuestMemory] | None = None) -> Base:
+    """What was set aside, if it fits, or as :func:`create`. Memory is anonymous without ``make_memory``. Raises
+    :class:`HostError` and :class:`ConfigError`."""
     with _lock:
-        if _spare and time.monotonic() >= _spare[0].rested_at:
-            return _spare.pop().vm
-    return create()
+        can = _spare and time.monotonic() >= _spare[0].rested_at
+        spare = _spare.pop() if can and _spare[0].fits(memory_bytes, is_anonymous=make_memory is None) else None
+    if spare is None:
+        return create(memory_bytes, make_memory or GuestMemory)
+    if spare.memory is not None:
+        return Base(spare.memory, spare.vm, is_attached=True)
+    try:
+        return Base((make_memory or GuestMemory)(memory_bytes), spare.vm)
+    except BaseException:
+        spare.close()
+        raise
 
 
-def create() -> Vm:
-    """A new one, without a vCPU: :func:`furnish` it once it has memory. Raises :class:`HostError`."""
+def create(memory_bytes: int, make_memory: Callable[[int], GuestMemory] = GuestMemory) -> Base:
+    """A new one. Raises :class:`HostError` and :class:`ConfigError`."""
+    memory = make_memory(memory_bytes)
+    try:
+        return Base(memory, _create_vm())
+    except BaseException:
+        memory.close()
+        raise
+
+
+def _create_vm() -> Vm:
     with System.open() as system:
         return system.create_vm()
 

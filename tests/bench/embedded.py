@@ -65,9 +65,10 @@ def main(snapshot: Path) -> None:
         machine.resume()
         print(began, flush=True)
         sys.stdin.readline()
+        memory_bytes = machine.memory.size_bytes
         machine.close()
         # What can be done for the next guest is done while there is time, as in a program that embeds guests.
-        api.rehearse()
+        api.rehearse(memory_bytes)
         print("closed", flush=True)
 
 

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import closing, suppress
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from kvmigrate.config import HostSide
+from kvmigrate.config import MIN_MEMORY_BYTES, HostSide, MemoryBackend
 from kvmigrate.kvm.clocks import without_vcpu_clocks, without_vm_clocks
 from kvmigrate.kvm.vm import Vm
 from kvmigrate.machine import spare_vm
 from kvmigrate.machine.machine import Machine
 from kvmigrate.machine.trial import TrialMachine
+from kvmigrate.memory.region import GuestMemory
 from kvmigrate.state.section import Section
+from tests.devices.conftest import wait_until
 
 from .boot_sector import HANG, machine_with
 
 pytestmark = pytest.mark.kvm
+MEMFD = partial(GuestMemory, backend=MemoryBackend.MEMFD)
 
 
 @pytest.fixture(autouse=True)
@@ -31,12 +35,20 @@ def none_left() -> Iterator[None]:
 
 def close_all() -> None:
     while spare_vm._spare:
-        spare_vm._spare.pop().vm.close()
+        spare_vm._spare.pop().close()
 
 
-def set_aside() -> Vm:
+@contextmanager
+def taken(memory_bytes: int, make_memory: Callable[[int], GuestMemory] | None = None) -> Iterator[spare_vm.Base]:
+    base = spare_vm.take(memory_bytes, make_memory)
+    yield base
+    base.vm.close()
+    base.memory.close()
+
+
+def set_aside(memory_bytes: int = 0) -> Vm:
     """Have a VM set aside, and look at it."""
-    spare_vm.set_aside()
+    spare_vm.set_aside(memory_bytes)
     [spare] = spare_vm._spare
     return spare.vm
 
@@ -87,9 +99,46 @@ def test_the_next_machine_is_made_of_it_and_the_one_after_that_is_the_same_witho
 def test_a_machine_does_not_wait_for_one_that_has_not_rested(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(spare_vm, "RESTS_FOR_S", 60.0)
     vm = set_aside()
-    with closing(spare_vm.take()) as other:
-        assert other is not vm
+    with taken(MIN_MEMORY_BYTES) as base:
+        assert base.vm is not vm
     assert set_aside() is vm, "it rests on"
+
+
+def test_memory_that_was_set_aside_is_taken_by_a_machine_of_that_size_and_is_the_vms_already(tmp_path: Path) -> None:
+    with closing(machine_with(tmp_path, HANG)) as source:
+        size_bytes = source.memory.size_bytes
+        vm = set_aside(size_bytes)
+        [spare] = spare_vm._spare
+        spare_vm.wait_until_rested()
+        with closing(built(source)) as target:
+            assert (target.platform.vm, target.memory) == (vm, spare.memory)
+            assert target.load(source.save()).counts()["refused"] == 0
+            target.start()
+            target.resume()
+            wait_until(lambda: target.platform.vm.vcpus[0].nr_entries > 0, "it runs")
+
+
+@pytest.mark.parametrize(("memory_bytes", "make_memory"), [(2 * MIN_MEMORY_BYTES, None), (MIN_MEMORY_BYTES, MEMFD)])
+def test_memory_of_another_size_or_kind_is_left_alone(
+    memory_bytes: int, make_memory: Callable[[int], GuestMemory] | None
+) -> None:
+    vm = set_aside(MIN_MEMORY_BYTES)
+    spare_vm.wait_until_rested()
+    with taken(memory_bytes, make_memory) as base:
+        assert base.vm is not vm
+        assert base.memory.size_bytes == memory_bytes
+        assert not base.is_attached
+    assert set_aside(MIN_MEMORY_BYTES) is vm
+
+
+def test_another_size_takes_the_place_of_the_one_before() -> None:
+    set_aside(MIN_MEMORY_BYTES)
+    before = nr_vms()
+    set_aside(2 * MIN_MEMORY_BYTES)
+    [spare] = spare_vm._spare
+    assert spare.memory is not None
+    assert spare.memory.size_bytes == 2 * MIN_MEMORY_BYTES
+    assert nr_vms() == before
 
 
 def test_only_a_guests_own_machine_takes_it(tmp_path: Path) -> None:
