@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 
 from ..kvm.system import System
 from ..kvm.vm import Vm
@@ -65,22 +66,14 @@ def set_aside(memory_bytes: int = 0) -> None:
 
 
 def _made(memory_bytes: int) -> _Spare:
-    memory = GuestMemory(memory_bytes) if memory_bytes else None
-    try:
-        vm = _create_vm()
-    except BaseException:
-        if memory is not None:
-            memory.close()
-        raise
-    spare = _Spare(vm, memory, time.monotonic() + RESTS_FOR_S)
-    try:
+    with ExitStack() as undo:
+        memory = undo.enter_context(GuestMemory(memory_bytes)) if memory_bytes else None
+        vm = undo.enter_context(_create_vm())
         if memory is not None:
             memory.attach(vm.fd)
         furnish(vm)
-    except BaseException:
-        spare.close()
-        raise
-    return spare
+        undo.pop_all()
+    return _Spare(vm, memory, time.monotonic() + RESTS_FOR_S)
 
 
 def wait_until_rested() -> None:
