@@ -41,9 +41,13 @@ class _Spare:
     rested_at: float
     """In seconds of the monotonic clock."""
 
+    @property
+    def memory_bytes(self) -> int:
+        return self.memory.size_bytes if self.memory is not None else 0
+
     def fits(self, memory_bytes: int, *, is_anonymous: bool) -> bool:
         """For a machine with so much memory."""
-        return self.memory is None or (is_anonymous and self.memory.size_bytes == memory_bytes)
+        return not self.memory_bytes or (is_anonymous and self.memory_bytes == memory_bytes)
 
     def close(self) -> None:
         self.vm.close()
@@ -59,7 +63,7 @@ def set_aside(memory_bytes: int = 0) -> None:
     known. Idempotent: another size takes the place of the one before. Raises :class:`HostError` and
     :class:`ConfigError`."""
     with _lock:
-        if _spare and (_spare[0].memory.size_bytes if _spare[0].memory is not None else 0) != memory_bytes:
+        if _spare and _spare[0].memory_bytes != memory_bytes:
             _spare.pop().close()
         if not _spare:
             _spare.append(_made(memory_bytes))

@@ -104,12 +104,16 @@ def test_a_machine_does_not_wait_for_one_that_has_not_rested(monkeypatch: pytest
     assert set_aside() is vm, "it rests on"
 
 
-def test_memory_that_was_set_aside_is_taken_by_a_machine_of_that_size_and_is_the_vms_already(tmp_path: Path) -> None:
+def test_memory_that_was_set_aside_is_taken_by_a_machine_of_that_size_and_is_the_vms_already(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with closing(machine_with(tmp_path, HANG)) as source:
         size_bytes = source.memory.size_bytes
         vm = set_aside(size_bytes)
         [spare] = spare_vm._spare
         spare_vm.wait_until_rested()
+        # Once more would be no error, but take as long again.
+        monkeypatch.setattr(GuestMemory, "attach", pytest.fail)
         with closing(built(source)) as target:
             assert (target.platform.vm, target.memory) == (vm, spare.memory)
             assert target.load(source.save()).counts()["refused"] == 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from kvmigrate.config import PAGE_BYTES
 from kvmigrate.contract import RunState
 from kvmigrate.errors import Cancelled, CommitUnknown, ConfigError, HostError, MigrationError, PeerFailed, PeerTimeout
 from kvmigrate.migration.status import Status
+from tests.devices.conftest import wait_until
 from tests.fake_machine import MIB, FakeMachine
 from tests.migration.harness import (
     Proxy,
@@ -350,6 +352,22 @@ def test_a_link_that_is_slow_but_never_silent_cannot_hold_the_guest_paused(
     receiving.join()
     assert not receiving.ran
     machine.close()
+
+
+def test_the_journal_is_there_before_ready_comes_and_gone_when_it_does_not(
+    tmp_path: Path, source_machine: FakeMachine, receive: Receive, proxy_to: ProxyTo
+) -> None:
+    receiving = receive()
+    proxy = proxy_to(receiving, Rule("back", BACK.index("READY"), "hold"))
+    journal = journal_of(source_machine, tmp_path)
+    with ThreadPoolExecutor(1) as pool:
+        outcome = pool.submit(migrate, source_machine, proxy.address, tmp_path, timeout_ms=2000.0)
+        assert proxy.hit.wait(10)
+        wait_until(journal.exists, "the journal")
+        assert not outcome.done()
+    assert isinstance(outcome.result().error, PeerTimeout)
+    check_resumed(source_machine)
+    assert not journal.exists()
 
 
 def test_a_guest_that_ends_while_it_is_copied_is_not_moved(
